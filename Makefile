@@ -1,0 +1,35 @@
+# `make demo` and `make test` work on a bare clone: they build .venv when it is not there.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+RUN := .venv/bin/python
+DEMO := outputs/demo
+# A real FaceSynthetics folder instead of drawn faces: make demo DATA_ROOT=/path/to/dataset_100000
+DATA_ROOT ?=
+# CPU processes of the demo; ignored where there are GPUs.
+PROCESSES ?= 2
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: .venv/ready
+ifeq ($(DATA_ROOT),)
+	$(RUN) -m data.synthetic --out $(DEMO)/faces --count 660 --size 192 --seed 0
+endif
+	rm -rf $(DEMO)/shards $(DEMO)/run
+	$(RUN) -m data.build_shards --dataset facesynthetics --root $(or $(DATA_ROOT),$(DEMO)/faces) --out $(DEMO)/shards --workers 2
+	n=$$($(RUN) -c 'import torch; print(torch.cuda.device_count() or $(PROCESSES))'); micro=$$(((15 + n) / n)); \
+	CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$(seq -s, 0 $$((n - 1))) \
+	TRAIN_BATCH_SIZE_PER_GPU=$$micro GLOBAL_BATCH_SIZE=$$((micro * n)) launch/node.sh
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Train on this machine: all its GPUs, or CPU processes when it has none.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+usage: [NAME=value ...] launch/node.sh [key=value ...]
+
+Everything is set by environment variables; key=value arguments override the config's YAML.
+
+  CONFIG                        experiment (default train/configs/demo.yaml)
+  DEVICES                       GPU numbers, as 0,1,2,3 (default: all). Without a GPU: so many CPU processes (default 1)
+  OUTPUT_DIR                    default outputs/<config>/<time>. The same OUTPUT_DIR again continues that run
+  TRAIN_BATCH_SIZE_PER_GPU      samples a GPU holds at a time. The YAML's global batch stays, accumulation follows
+  GLOBAL_BATCH_SIZE             samples in one optimizer step, over all GPUs
+  RESUME_FROM                   a run's output folder, or one checkpoint in it, to continue from
+  LOAD_FROM                     weights to start from: .pth or .safetensors
+  mode                          multi-gpu (default), or debug: one process, no loader workers, breakpoint() works
+
+  CONFIG=train/configs/face_1b.yaml LOAD_FROM=sapiens_1b_pretrain.pth launch/node.sh data.train=shards/train
+EOF
+}
+
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && PATH="$PWD/.venv/bin:$PATH"
+
+CONFIG=${CONFIG:-train/configs/demo.yaml}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)/$(date +%Y-%m-%d_%H-%M-%S)}
+arguments=(--config "$CONFIG" "output_dir=$OUTPUT_DIR")
+[ -n "${TRAIN_BATCH_SIZE_PER_GPU:-}" ] && arguments+=("micro_batch_size=$TRAIN_BATCH_SIZE_PER_GPU")
+[ -n "${GLOBAL_BATCH_SIZE:-}" ] && arguments+=("global_batch_size=$GLOBAL_BATCH_SIZE")
+[ -n "${RESUME_FROM:-}" ] && arguments+=("resume_from=$RESUME_FROM")
+[ -n "${LOAD_FROM:-}" ] && arguments+=("load_from=$LOAD_FROM")
+arguments+=("$@")
+
+case "${mode:-multi-gpu}" in
+  debug) exec python -m train "${arguments[@]}" data.workers=0 ;;
+  multi-gpu) ;;
+  *) echo "error: mode: '$mode' is neither multi-gpu nor debug" >&2; exit 2 ;;
+esac
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+DEVICES=${DEVICES:-$(seq -s, 0 $((gpus > 0 ? gpus - 1 : 0)))}
+[[ $DEVICES =~ ^[0-9]+(,[0-9]+)*,?$ ]] || { echo "error: DEVICES: '$DEVICES' is not a list of numbers as 0,1,2" >&2; exit 2; }
+DEVICES=${DEVICES%,}
+processes=$(awk -F, '{print NF}' <<<"$DEVICES")
+if [ "$gpus" -gt 0 ]; then
+  place=(--include "localhost:$DEVICES")
+else
+  export DS_ACCELERATOR=cpu
+  place=(--num_gpus "$processes")
+fi
+# Mistakes are told once and at once here, not by every process after its start.
+WORLD_SIZE=$processes python -m train --check "${arguments[@]}" >/dev/null
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+
+started=$(mktemp)
+deepspeed "${place[@]}" --master_port "$port" --no_local_rank --module train "${arguments[@]}" &
+launcher=$!
+trap 'kill -TERM "$launcher" 2>/dev/null' INT TERM
+wait "$launcher" && code=0 || code=$?
+if kill -0 "$launcher" 2>/dev/null; then wait "$launcher" && code=0 || code=$?; fi # a signal ends the first wait early
+# The launcher also returns 0 when its own child was killed: only the finished model proves the run.
+if [ "$code" = 0 ] && [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
+  echo "error: the run ended without a model; see $OUTPUT_DIR/log.txt, then start it again to continue" >&2
+  code=1
+fi
+rm -f "$started"
+exit "$code"

@@ -1,0 +1,42 @@
+"""The table of architectures. A size is a row here and nothing else."""
+
+from dataclasses import dataclass
+
+from model import ModelError
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A plain vision transformer with a deconvolution head.
+
+    embed_dim, head_deconv and head_conv are channels; patch_size is in pixels. The feed-forward width is four times
+    embed_dim, and each of the head's transposed convolutions doubles the resolution.
+    """
+
+    name: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    head_deconv: tuple[int, ...] = (768, 768, 768)
+    head_conv: tuple[int, ...] = (768, 768, 768)
+
+
+ARCHS: dict[str, Arch] = {
+    arch.name: arch
+    for arch in (
+        Arch("sapiens_0.3b", embed_dim=1024, depth=24, num_heads=16),
+        Arch("sapiens_0.6b", embed_dim=1280, depth=32, num_heads=16),
+        Arch("sapiens_1b", embed_dim=1536, depth=40, num_heads=24),
+        Arch("sapiens_2b", embed_dim=1920, depth=48, num_heads=32),
+        # Small enough to learn 128x96 images on a CPU: for the demo and the tests.
+        Arch("tiny", embed_dim=128, depth=4, num_heads=4, patch_size=8, head_deconv=(64,) * 3, head_conv=(64,) * 3),
+    )
+}
+
+
+def get_arch(name: str) -> Arch:
+    """The architecture of that name. Raises ModelError, listing the known ones."""
+    if name not in ARCHS:
+        raise ModelError(f"arch: {name!r} is unknown, choose one of {', '.join(ARCHS)}")
+    return ARCHS[name]

@@ -1,0 +1,94 @@
+"""The deconvolution head: features to class logits, with a dropout that depends on the sample alone."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.archs import Arch
+
+
+class SampleDropout2d(nn.Module):
+    """Channel dropout whose mask for sample i comes from seeds[i] and nothing else.
+
+    A mask drawn from the device's running state changes with the rank, the micro batch and a restart; this one does
+    not, so a run is the same on any number of GPUs.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        assert 0 <= p < 1, f"dropout of {p}"
+        self.p = p
+
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W); seeds int64 (B,) on the CPU, needed in training only. In eval mode returns x."""
+        if not self.training or self.p == 0:
+            return x
+        assert seeds is not None, "training with dropout needs dropout_seeds, one for each sample"
+        assert seeds.shape == x.shape[:1] and seeds.device.type == "cpu", f"seeds {seeds.shape} on {seeds.device}"
+        generator = torch.Generator()
+        draws = [torch.rand(x.shape[1], generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
+        keep = (torch.stack(draws) >= self.p) / (1 - self.p)
+        return x * keep[:, :, None, None].to(x)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class DeconvHead(nn.Module):
+    """Features (B, embed_dim, h, w) -> logits (B, num_classes, 8h, 8w) with three transposed convolutions.
+
+    Every convolution but the last is followed by InstanceNorm2d and SiLU. The sub-modules' names are the original's,
+    so its `decode_head.*` weights load as they are.
+    """
+
+    def __init__(self, arch: Arch, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        channels = arch.embed_dim
+        deconv: list[nn.Module] = []
+        for width in arch.head_deconv:
+            upsample = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1, bias=False)
+            deconv += [upsample, nn.InstanceNorm2d(width), nn.SiLU()]
+            channels = width
+        conv: list[nn.Module] = []
+        for width in arch.head_conv:
+            conv += [nn.Conv2d(channels, width, kernel_size=1), nn.InstanceNorm2d(width), nn.SiLU()]
+            channels = width
+        self.deconv_layers = nn.Sequential(*deconv)
+        self.conv_layers = nn.Sequential(*conv)
+        self.dropout = SampleDropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.reset_classifier()
+
+    def reset_classifier(self) -> None:
+        """Draw conv_seg anew: small, so that every class starts out about equally likely."""
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the whole head anew."""
+        for layer in (*self.deconv_layers, *self.conv_layers):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                layer.reset_parameters()
+        self.reset_classifier()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep one tensor a stage for the backward pass instead of three; norm and SiLU are computed twice."""
+        self.grad_checkpointing = enable
+
+    def forward(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """seeds: see SampleDropout2d."""
+        layers = [*self.deconv_layers, *self.conv_layers]
+        convs = [*layers[0::3], self.conv_seg]
+        x = convs[0](features)
+        for stage in zip(layers[1::3], layers[2::3], convs[1:], strict=True):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._stage, x, *stage, seeds, use_reentrant=False)
+            else:
+                x = self._stage(x, *stage, seeds)
+        return x
+
+    def _stage(self, x: Tensor, norm: nn.Module, act: nn.Module, next_conv: nn.Module, seeds: Tensor | None) -> Tensor:
+        # Recomputed as one: were the next convolution outside, its input, the activation, would be kept for it.
+        x = act(norm(x))
+        return next_conv(self.dropout(x, seeds) if next_conv is self.conv_seg else x)

@@ -1,0 +1,84 @@
+"""Drawn shards for all tests, and real runs of `python -m train` to look at."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data.synthetic import write_dataset
+
+ROOT = Path(__file__).parent.parent
+# Small enough for a step in a tenth of a second: 12 tokens.
+SMALL = ["model.image_size=[32,24]", "global_batch_size=8", "micro_batch_size=4", "log_every=1", "wandb.mode=disabled"]
+
+
+def python(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` in the repository's root; never raises for the exit code."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("faces")
+    write_dataset(root, count=40, seed=5, size=64)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(faces, tmp_path_factory) -> Path:
+    """A folder with train (31 samples, in several tars) and val (9)."""
+    out = tmp_path_factory.mktemp("shards")
+    done = python(
+        "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", faces, "--out", out,
+        "--val-fraction", "0.225", "--samples-per-shard", "10",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@dataclass
+class Run:
+    """What a run printed and left behind."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def losses(self) -> dict[int, float]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def train_command(shards: Path, folder: Path, *overrides: str, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-m", "train"]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        start = [str(launcher), "--num_gpus", str(processes), "--master_port", str(port), "--module", "train"]
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output_dir={folder}"]
+    return [*start, "--config", "train/configs/demo.yaml", *SMALL, *data, *overrides]
+
+
+def train_environment() -> dict[str, str]:
+    # The launcher starts `python` by its own interpreter, but asks DS_ACCELERATOR how many devices there are.
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def train(shards: Path, folder: Path, *overrides: str, processes: int = 1, timeout: float = 150) -> Run:
+    command = train_command(shards, folder, *overrides, processes=processes)
+    done = subprocess.run(
+        command, cwd=ROOT, env=train_environment(), timeout=timeout, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Run(done.returncode, done.stdout, folder)

@@ -1,0 +1,169 @@
+"""The command that packs raw folders: all or nothing, every problem named, the same bytes each time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data import DataError
+from data.build_shards import NEXT, split
+from data.prepare import KINDS
+from data.shards import ShardSet
+from data.sources import RawExample, facesynthetics, safe_key
+from tests.raw_faces import SIZE, content, draw, encoded, run, smooth
+
+RGB = smooth(np.random.default_rng(1))
+IDS = np.random.default_rng(2).integers(0, 16, SIZE, np.uint8)
+OUT_OF_RANGE = np.where(IDS == 3, 19, IDS).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return draw(tmp_path_factory.mktemp("raw") / "dataset", 20)
+
+
+@pytest.fixture(scope="module")
+def built(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "face"
+    assert run(raw, out, "--samples-per-shard", 7) == 0
+    return out
+
+
+def test_shards_are_the_same_bytes_for_any_number_of_workers(raw, built, tmp_path):
+    assert run(raw, tmp_path / "again", "--samples-per-shard", 7, "--workers", 3) == 0
+    assert content(tmp_path / "again") == content(built)
+    assert ShardSet.open(tmp_path / "again" / "train").fingerprint == ShardSet.open(built / "train").fingerprint
+
+
+def damage(root: Path) -> dict[str, str]:
+    """One example of each kind of problem in a folder of `draw`; kind -> file at fault."""
+    (root / "000001.png").unlink()
+    (root / "000002_seg.png").unlink()
+    (root / "000003.png").write_bytes((root / "000003.png").read_bytes()[:200])
+    (root / "000004_seg.png").write_bytes(encoded(RGB))
+    (root / "000005_seg.png").write_bytes(encoded(IDS[:20]))
+    (root / "000006_seg.png").write_bytes(encoded(OUT_OF_RANGE))
+    (root / "000007_seg.png").write_bytes(encoded(np.full(SIZE, 255, np.uint8)))
+    return {
+        "image_missing": "000001_seg.png",
+        "mask_missing": "000002.png",
+        "undecodable": "000003.png",
+        "mask_not_index": "000004_seg.png",
+        "size_mismatch": "000005_seg.png",
+        "label_out_of_range": "000006_seg.png",
+        "mask_empty": "000007_seg.png",
+    }
+
+
+def test_refuses_by_default_and_lists_every_problem(tmp_path, capsys):
+    expected = damage(draw(tmp_path / "raw", 20))
+    assert expected.keys() == KINDS.keys()
+    out = tmp_path / "out"
+    assert run(tmp_path / "raw", out) == 2
+    printed, error = capsys.readouterr()
+    for kind, file in expected.items():
+        assert f"{kind}: 1 " in printed and file in printed
+    assert error.startswith("error: ") and error.count("\n") == 1 and "7 of 20" in error and "--on-error skip" in error
+    assert [path.name for path in out.iterdir()] == ["build_report.json"]
+    found = json.loads((out / "build_report.json").read_text())["problems"]
+    assert {kind: [Path(p["file"]).name for p in problems] for kind, problems in found.items()} == {
+        kind: [file] for kind, file in expected.items()
+    }
+
+
+def test_skip_builds_the_rest_and_tells(tmp_path, capsys):
+    expected = damage(draw(tmp_path / "raw", 20))
+    out = tmp_path / "out"
+    assert run(tmp_path / "raw", out, "--on-error", "skip", "--workers", 2) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{kind}: 1 " in printed for kind in expected)
+    keys = [s.read(i).key for s in map(ShardSet.open, (out / "train", out / "val")) for i in range(len(s))]
+    assert sorted(keys) == [f"{i:06d}" for i in range(20) if not 1 <= i <= 7]
+    report = json.loads((out / "build_report.json").read_text())
+    assert sum(sizes["samples"] for sizes in report["splits"].values()) == 13 and len(report["problems"]) == 7
+
+
+def test_all_examples_bad(tmp_path, capsys):
+    root = draw(tmp_path / "raw", 12)
+    for mask in root.glob("*_seg.png"):
+        mask.write_bytes(encoded(RGB))
+    assert run(root, tmp_path / "out") == 2
+    printed, error = capsys.readouterr()
+    assert "mask_not_index: 12" in printed and "and 7 more" in printed and "12 of 12" in error
+    assert run(root, tmp_path / "out", "--on-error", "skip") == 2
+    assert "train: no samples" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build_report.json"]
+
+
+def test_prints_sizes_shares_and_a_next_command_that_exists(raw, tmp_path, capsys):
+    assert run(raw, tmp_path / "out", "--limit", 10, "--val-fraction", 0) == 0
+    printed = capsys.readouterr().out
+    assert "10 samples in 1 shards" in printed and "Headwear" in printed and "data.val=null" in printed
+    assert not (tmp_path / "out" / "val").exists()
+    config = NEXT.split("--config ")[1]
+    assert NEXT in printed and (Path(__file__).parent.parent / config).is_file()
+
+
+def test_refuses_a_second_build_into_the_same_folder(raw, built, capsys):
+    before = content(built)
+    assert run(raw, built) == 2
+    assert "already built; delete" in capsys.readouterr().err and content(built) == before
+
+
+@pytest.mark.parametrize("options", [["--val-fraction", "1"], ["--workers", "0"], ["--limit", "x"]])
+def test_refuses_options_out_of_range(raw, tmp_path, options):
+    with pytest.raises(SystemExit) as stop:
+        run(raw, tmp_path, *options)
+    assert stop.value.code == 2
+
+
+def test_a_wrong_root_is_one_line_and_no_traceback(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, words in (("absent", "no such folder"), ("empty", "no .png files")):
+        command = [sys.executable, "-m", "data.build_shards", "--dataset", "facesynthetics"]
+        command += ["--root", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+        assert str(tmp_path / name) in done.stderr and words in done.stderr and "NNNNNN_seg.png" in done.stderr
+
+
+def examples(n: int) -> list[RawExample]:
+    return [RawExample(f"{i:06d}", Path(f"{i}.png"), None) for i in range(n)]
+
+
+def test_the_split_hardly_moves_when_a_sample_is_added_and_ignores_order():
+    before, after = split(examples(100), 0.1), split(examples(101), 0.1)
+    val = {e.key for e in before["val"]}
+    assert len(before["train"]) == 90 and len(val) == 10
+    assert len(val ^ {e.key for e in after["val"]}) <= 2
+    assert {e.key for e in split(examples(100)[::-1], 0.1)["val"]} == val
+    assert before["train"] == sorted(before["train"], key=lambda e: e.key)
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "train", "val"), [(1, 0.9, 1, 0), (3, 0.99, 1, 2), (4, 0.1, 4, 0), (9, 0, 9, 0)]
+)
+def test_train_is_never_empty(n, fraction, train, val):
+    parts = split(examples(n), fraction)
+    assert (len(parts["train"]), len(parts.get("val", []))) == (train, val)
+
+
+def test_odd_names_get_safe_unique_keys(tmp_path):
+    names = ["a b", "a_b", "a.b", "photo (1).v2", "脸", "x" * 200, "000001"]
+    keys = [safe_key(name) for name in names]
+    assert len(set(keys)) == len(keys) and all(len(key) <= 80 and "." not in key and key.isascii() for key in keys)
+    assert keys[1] == "a_b" and keys[-1] == "000001"
+    for name in ("a b", "photo (1).v2"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(RGB))
+        (tmp_path / f"{name}_seg.PNG").write_bytes(encoded(IDS))
+    (tmp_path / "._a b.png").write_bytes(b"left by a Mac")
+    assert run(tmp_path, tmp_path / "out", "--val-fraction", 0) == 0
+    tar = str(tmp_path / "out" / "train" / "shard-000000.tar")
+    assert len(list(webdataset.WebDataset(tar, shardshuffle=False))) == 2
+    (tmp_path / "a b.PNG").write_bytes(encoded(RGB))
+    with pytest.raises(DataError, match="same key"):
+        facesynthetics(tmp_path)

@@ -1,0 +1,155 @@
+"""Shard sets: what is written is read back, by us and by any WebDataset reader, and damage is found."""
+
+import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import webdataset
+from torch.utils.data import DataLoader
+
+from data import DataError, shards
+from data.labels import load_label_set
+from data.shards import ShardSet, write_split
+from data.tars import PackedSample
+from tests.raw_faces import SIZE, content, draw, run
+
+FACE19 = load_label_set("face19")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return draw(tmp_path_factory.mktemp("raw") / "dataset", 20)
+
+
+@pytest.fixture(scope="module")
+def built(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "face"
+    assert run(raw, out, "--samples-per-shard", 7) == 0
+    return out
+
+
+def test_reads_back_the_bytes_of_the_raw_files(raw, built):
+    train, val = ShardSet.open(built / "train"), ShardSet.open(built / "val")
+    assert (len(train), len(val)) == (18, 2) and train.label_set == FACE19
+    counts = np.zeros(256, dtype=np.int64)
+    for i in range(len(train)):
+        sample = train.read(i)
+        assert sample.image == (raw / f"{sample.key}.png").read_bytes()
+        assert sample.mask == (raw / f"{sample.key}_seg.png").read_bytes()
+        assert (sample.meta["height"], sample.meta["width"]) == SIZE
+        counts += np.bincount(cv2.imdecode(np.frombuffer(sample.mask, np.uint8), -1).ravel(), minlength=256)
+    np.testing.assert_array_equal(train.pixel_counts, counts[:19])
+    index = json.loads((built / "train" / "index.json").read_text())
+    assert index["ignored_pixels"] == counts[255] == 3 * 18 and [s["samples"] for s in index["shards"]] == [7, 7, 4]
+    keys = [part.read(i).key for part in (train, val) for i in range(len(part))]
+    assert sorted(keys) == [f"{i:06d}" for i in range(20)]
+    with pytest.raises(IndexError):
+        train.read(18)
+
+
+def test_any_webdataset_reader_reads_the_tars(raw, built):
+    tars = sorted(str(path) for path in (built / "train").glob("*.tar"))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+    assert len(samples) == 18
+    for sample in samples:
+        key = sample["__key__"]
+        assert sample["png"] == (raw / f"{key}.png").read_bytes()
+        assert sample["mask.png"] == (raw / f"{key}_seg.png").read_bytes()
+        assert sample["json"] == {
+            "key": key, "height": 24, "width": 32, "label_set": "face19", "classes": list(FACE19.classes),
+            "flip_pairs": [[3, 4], [5, 6], [7, 8]], "ignore_index": 255,
+        }  # fmt: skip
+
+
+def test_reads_alike_in_threads_and_in_worker_processes(built, tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    assert run(raw, tmp_path / "out", "--samples-per-shard", 1) == 0
+    train = ShardSet.open(tmp_path / "out" / "train")
+    expected = [train.read(i) for i in range(len(train))]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(train.read, list(range(18)) * 20)) == expected * 20
+    copy = pickle.loads(pickle.dumps(train))
+    assert [copy.read(i) for i in range(18)] == expected and copy.fingerprint == train.fingerprint
+
+    class Reads:
+        __len__, __getitem__ = train.__len__, staticmethod(train.read)
+
+    assert list(DataLoader(Reads(), batch_size=None, num_workers=2)) == expected
+
+
+def test_open_refuses_what_is_no_whole_shard_set(built, tmp_path):
+    def refusal(break_it) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, data in content(built / "train").items():
+            (folder / name).write_bytes(data)
+        break_it(folder)
+        with pytest.raises(DataError) as error:
+            ShardSet.open(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    def edit(folder: Path, **changes) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(index | changes))
+
+    assert "python -m data.build_shards" in refusal(lambda f: (f / "index.json").unlink())
+    assert "key 'format'" in refusal(lambda f: edit(f, format=2))
+    assert "key 'shards.0" in refusal(lambda f: edit(f, shards=[{"file": "shard-000000.tar"}]))
+    assert "key 'label_set'" in refusal(lambda f: edit(f, label_set=3))
+    assert "index.json" in refusal(lambda f: (f / "index.json").write_text("{"))
+    assert "shard-000001.tar: missing" in refusal(lambda f: (f / "shard-000001.tar").unlink())
+    assert "shard-000001.tar" in refusal(lambda f: os.truncate(f / "shard-000001.tar", 5000))
+    assert "samples.npy" in refusal(lambda f: (f / "samples.npy").unlink())
+    assert "samples.npy" in refusal(lambda f: os.truncate(f / "samples.npy", 300))
+    assert "samples.npy" in refusal(lambda f: edit(f, num_samples=17))
+    with pytest.raises(DataError, match="no such folder.*python -m data.build_shards"):
+        ShardSet.open(tmp_path / "absent")
+
+
+def test_verify_finds_a_flipped_byte_a_cut_and_a_missing_file(raw, tmp_path):
+    run(raw, tmp_path, "--samples-per-shard", 5)
+    train = ShardSet.open(tmp_path / "train")
+    assert train.verify() == []
+    first, second, third = (tmp_path / "train" / f"shard-00000{i}.tar" for i in range(3))
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    os.truncate(second, 600)
+    third.unlink()
+    problems = train.verify()
+    assert len(problems) == 3
+    for path, word in ((first, "sha256"), (second, "600 bytes"), (third, "missing")):
+        assert any(str(path) in problem and word in problem for problem in problems)
+    with pytest.raises(DataError, match="shard-000001.tar: sample 5"):
+        train.read(5)
+    with pytest.raises(DataError, match="shard-000002.tar: sample 10"):
+        train.read(10)
+
+
+def packed(key: str) -> PackedSample:
+    return PackedSample(key, b"image", "jpg", b"mask", 1, 2, (1,) + (0,) * 18)
+
+
+def test_write_split_leaves_a_whole_set_or_nothing(tmp_path):
+    def failing():
+        yield packed("a")
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        write_split(failing(), tmp_path / "set", FACE19)
+    with pytest.raises(DataError, match="key 'a'"):
+        write_split([packed("a"), packed("b"), packed("a")], tmp_path / "set", FACE19)
+    with pytest.raises(DataError, match="no samples"):
+        write_split([], tmp_path / "set", FACE19)
+    assert list(tmp_path.iterdir()) == []
+    index = write_split([packed("a"), packed("b")], tmp_path / "set", FACE19)
+    assert index["num_samples"] == 2 and index["ignored_pixels"] == 2
+    assert ShardSet.open(tmp_path / "set").read(1)[:3] == ("b", b"image", b"mask")
+    with pytest.raises(DataError, match="already there"):
+        write_split([packed("c")], tmp_path / "set", FACE19)

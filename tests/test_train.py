@@ -1,0 +1,167 @@
+"""Whole runs: real processes, real DeepSpeed, small."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from data.loader import TrainExamples, train_batches
+from data.order import BatchPlan, Order
+from data.shards import ShardSet
+from model.segmenter import build_segmenter
+from model.weights import load_segmenter, read_weights
+from tests.conftest import ROOT, train, train_command, train_environment
+from train.config import load_config
+from train.loss import PixelLoss, class_weights
+from train.optim import build_optimizer, lr_factor, parameter_groups, set_lr
+
+STEPS = ["schedule.steps=20", "schedule.warmup_steps=5", "optimizer.layer_decay=0.8", "checkpoint.every_steps=20"]
+
+
+def plain_losses(shards: Path, folder: Path) -> dict[int, float]:
+    """The same experiment as one plain PyTorch loop over whole global batches."""
+    command = train_command(shards, folder, *STEPS)
+    config = load_config(Path("train/configs/demo.yaml"), [a for a in command if "=" in a])
+    train_set = ShardSet.open(config.data.train)
+    torch.manual_seed(config.seed)
+    spec = config.model
+    model = build_segmenter(spec.arch, 19, spec.image_size, spec.patch_padding, spec.dropout)
+    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, on_gpu=False)
+    loss = PixelLoss(class_weights("auto", train_set.pixel_counts), train_set.label_set)
+    examples = TrainExamples(train_set, Order(len(train_set), config.seed), spec.image_size, config.augment)
+    losses = {}
+    for step, (batch,) in enumerate(train_batches(examples, BatchPlan(8, 8, 0, 1), 0, 20, 0)):
+        set_lr(optimizer, config.optimizer.lr, lr_factor(step, 20, config.schedule))
+        value = loss.sum(model(batch.images, batch.seeds), batch.labels) / loss.weight_of(batch.pixel_counts)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        losses[step] = value.item()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def reference(shards, tmp_path_factory) -> np.ndarray:
+    return np.array(list(plain_losses(shards, tmp_path_factory.mktemp("plain")).values()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "micro"),
+    [(0, 1, 4), (0, 2, 4), (1, 1, 4), (1, 2, 4), (2, 1, 4), (2, 2, 4), (3, 1, 4), (3, 2, 4), (2, 2, 1), (1, 1, 8)],
+)
+def test_losses_equal_plain_pytorch(shards, tmp_path, reference, stage, processes, micro):
+    """Accumulation is 8 / (processes x micro): 1, 2 or 4. Dropout and augmentation are on."""
+    run = train(
+        shards, tmp_path, *STEPS, f"deepspeed=ds_configs/zero{stage}.json", f"micro_batch_size={micro}",
+        processes=processes,
+    )  # fmt: skip
+    assert run.code == 0, run.output
+    difference = np.abs(np.array(list(run.losses.values())) - reference).max()
+    print(f"ZeRO-{stage}, {processes} processes, micro batch {micro}: largest loss difference {difference:.1e}")
+    assert len(run.losses) == 20 and difference < 2e-5
+    model, metadata = load_segmenter(tmp_path / "model.safetensors")
+    assert metadata["arch"] == "tiny" and metadata["label_set"]["flip_pairs"] == [[3, 4], [5, 6], [7, 8]]
+    assert metadata["step"] == 20 and model.num_classes == 19
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 1)])
+def test_killed_run_continues_as_if_it_had_not_been(shards, tmp_path, stage, processes):
+    settings = [
+        "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4", "data.workers=1",
+        f"deepspeed=ds_configs/zero{stage}.json",
+    ]  # fmt: skip
+    whole = train(shards, tmp_path / "whole", *settings, processes=processes)
+    assert whole.code == 0, whole.output
+    killed_folder = tmp_path / "killed"
+    command = train_command(shards, killed_folder, *settings, processes=processes)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=train_environment(), start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    wait_for_step(killed_folder, 6, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+    (killed_folder / "checkpoints" / "unfinished_step_00000008").mkdir(exist_ok=True)
+    again = train(shards, killed_folder, *settings, processes=processes)
+    assert again.code == 0, again.output
+    assert "resumed at step" in again.output
+    assert again.losses == whole.losses
+    ours, theirs = (read_weights(folder / "model.safetensors") for folder in (killed_folder, tmp_path / "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    kept = sorted(path.name for path in (killed_folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000012", "step_00000014"]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    path = folder / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) > step):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.1)
+
+
+def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):
+    first = train(shards, tmp_path / "a", "schedule.steps=4", "checkpoint.every_steps=2")
+    assert first.code == 0, first.output
+    longer = train(shards, tmp_path / "b", "schedule.steps=6", f"resume_from={tmp_path / 'a'}")
+    assert longer.code == 0, longer.output
+    assert list(longer.losses) == [4, 5]
+    refused = train(shards, tmp_path / "c", "schedule.steps=6", f"resume_from={tmp_path / 'a'}", "seed=9")
+    assert refused.code != 0 and "seed was 0, is 9" in refused.output and "Traceback" not in refused.output
+
+
+def test_load_from_takes_weights_only(shards, tmp_path):
+    first = train(shards, tmp_path / "a", "schedule.steps=3")
+    assert first.code == 0, first.output
+    second = train(
+        shards, tmp_path / "b", "schedule.steps=2", "evaluate.every_steps=1",
+        f"load_from={tmp_path / 'a' / 'model.safetensors'}",
+    )  # fmt: skip
+    assert second.code == 0, second.output
+    assert list(second.losses) == [0, 1] and second.losses[0] < first.losses[0]
+    _, metadata = load_segmenter(tmp_path / "b" / "model.safetensors")
+    assert metadata["origin"]["weights"] == "model.safetensors" and len(metadata["origin"]["sha256"]) == 64
+    lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("val/miou" in line for line in lines) == 2
+    assert len(list((tmp_path / "b" / "pictures").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("whom", ["launcher", "child"])
+def test_no_rank_outlives_its_launcher(shards, tmp_path, whom):
+    """SIGTERM to `deepspeed`, or SIGKILL to its launch.py, leaves the ranks to themselves: they must go too."""
+    process = subprocess.Popen(
+        train_command(shards, tmp_path, "schedule.steps=100000", processes=2),
+        cwd=ROOT, env=train_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 2, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3
+    if whom == "launcher":
+        process.terminate()
+    else:
+        next(p for p in family if "deepspeed.launcher.launch" in p.cmdline()).kill()
+    gone, alive = psutil.wait_procs(family, timeout=15)
+    process.wait(10)
+    for straggler in alive:
+        straggler.kill()
+    assert not alive
+
+
+def test_wandb_offline_and_a_failing_one(shards, tmp_path):
+    run = train(shards, tmp_path / "on", "schedule.steps=2", "wandb.mode=offline")
+    assert run.code == 0, run.output
+    assert list((tmp_path / "on" / "wandb").glob("offline-run-*/*.wandb"))
+    (tmp_path / "off").mkdir()
+    (tmp_path / "off" / "wandb_run_id").mkdir()  # a folder in the place of its file
+    failing = train(shards, tmp_path / "off", "schedule.steps=2", "wandb.mode=offline")
+    assert failing.code == 0 and "wandb.init failed and is passed over" in failing.output
+    assert failing.losses == run.losses

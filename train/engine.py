@@ -1,0 +1,100 @@
+"""The process's place in the job, and the DeepSpeed engine around the model."""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which settles it
+
+import deepspeed
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+
+from model.segmenter import Segmenter
+from train.config import Config
+from train.optim import build_optimizer, parameter_groups
+
+
+@dataclass(frozen=True)
+class Job:
+    """Who this process is among the others, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in double precision."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def join_job() -> Job:
+    """Join the processes that the launcher started, or make a job of one when there is no launcher."""
+    if "RANK" not in os.environ:
+        # Port 0 is any free one: nobody else has to know it.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # else the ranks fight for the cores
+        # Compiling DeepSpeed's shared-memory collectives takes over a minute; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    _leave_with_the_launcher()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Job(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave_with_the_launcher() -> None:
+    """End this process within a second of its launcher's: `deepspeed` that gets a SIGTERM leaves its ranks running."""
+    ancestors = psutil.Process().parents()[:2]
+    launchers = [p for p in ancestors if any("deepspeed" in os.path.basename(a) or "deepspeed.launcher" in a for a in p.cmdline()[:5])]
+
+    def watch() -> None:
+        while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+            time.sleep(1)
+        os._exit(143)
+
+    if launchers:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def build_engine(model: Segmenter, config: Config, settings: dict, job: Job) -> DeepSpeedEngine:
+    """The engine of a resolved DeepSpeed dict. The model is whole on every rank beforehand.
+
+    `zero.Init` around a timm model would silently change its initialisation, so the model is built plainly, on the CPU,
+    and DeepSpeed partitions it from there.
+    """
+    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, job.on_gpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """All parameters in fp32 on the CPU, by name: the optimizer's masters, at any ZeRO stage. Every rank must call it;
+    ranks other than 0 get an empty dict."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if dist.get_rank() == 0:
+            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+    return weights

@@ -1,0 +1,109 @@
+"""Scores on a validation split, at each mask's own resolution.
+
+python -m train.evaluate --weights outputs/demo/model.safetensors --data outputs/demo/shards/val
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data import DataError
+from data.loader import ValidationExamples, decode, validation_batches
+from data.order import validation_positions
+from data.pictures import contact_sheet, save_png
+from data.shards import ShardSet
+from model import ModelError
+from model.weights import load_segmenter
+from train.metrics import ConfusionMatrix, Scores
+
+Rows = list[list[np.ndarray]]
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    shards: ShardSet,
+    image_size: tuple[int, int],
+    device: torch.device,
+    batch_size: int = 4,
+    workers: int = 0,
+    pictures: int = 8,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Scores, Rows]:
+    """Score a model on every image once; all ranks get the same scores. Every rank of the job must call it.
+
+    Args:
+        forward: uint8 images (B, 3, H, W) on `device` -> logits (B, C, h, w).
+    Returns:
+        The scores, and for this rank's first `pictures` images [photo, truth, prediction] for `contact_sheet`.
+    """
+    label_set = shards.label_set
+    matrix = ConfusionMatrix(label_set.num_classes, label_set.ignore_index, device)
+    indices = iter(validation_positions(len(shards), rank, world_size))
+    rows: Rows = []
+    for batch in validation_batches(ValidationExamples(shards, image_size), batch_size, rank, world_size, workers):
+        logits = forward(batch.images.to(device))
+        for image_logits, label in zip(logits, batch.labels, strict=True):
+            # One image at a time: full-size logits of a whole batch of photos would not fit.
+            prediction = F.interpolate(image_logits[None].float(), label.shape, mode="bilinear").argmax(1)[0]
+            matrix.update(prediction, torch.from_numpy(label).to(device))
+            index = next(indices)
+            if len(rows) < pictures and index < len(shards):
+                rows.append([decode(shards.read(index))[0], label, prediction.byte().cpu().numpy()])
+    if world_size > 1:
+        dist.all_reduce(matrix.counts)
+    return matrix.scores(), rows
+
+
+def report(scores: Scores, rows: Rows, shards: ShardSet, output: Path) -> tuple[str, np.ndarray | None]:
+    """The text that tells the scores, and the contact sheet (None without rows), which is also written to `output`."""
+    lines = [scores.table(shards.label_set.classes), ""]
+    sheet = None
+    if rows:
+        sheet = contact_sheet(rows, ["photo", "truth", "prediction"], shards.label_set)
+        save_png(output, sheet)
+    lines.append(
+        f"mIoU {scores.miou:.4f}   mAcc {scores.mean_accuracy:.4f}   aAcc {scores.pixel_accuracy:.4f}   "
+        f"over {np.isfinite(scores.iou).sum()} classes that occur in {len(shards)} images"
+    )
+    return "\n".join(lines), sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="model.safetensors of a training run")
+    parser.add_argument("--data", type=Path, required=True, help="shard folder of one split")
+    parser.add_argument("--output", type=Path, help="contact sheet PNG (default: beside the weights)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=8, help="examples on the contact sheet")
+    args = parser.parse_args()
+    shards = ShardSet.open(args.data)
+    model, _ = load_segmenter(args.weights)
+    if model.num_classes != shards.label_set.num_classes:
+        raise ModelError(
+            f"{args.weights}: num_classes: the model has {model.num_classes}, the label set "
+            f"{shards.label_set.name} of {args.data} has {shards.label_set.num_classes}; name matching shards"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    scores, rows = evaluate(model, shards, model.image_size, device, args.batch_size, args.workers, args.pictures)
+    output = args.output or args.weights.with_name(f"{args.weights.stem}_{args.data.name}.png")
+    print(report(scores, rows, shards, output)[0])
+    if rows:
+        print(f"contact sheet  {os.path.relpath(output)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,65 @@
+"""Cross-entropy as one mean over the valid pixels of the whole global batch, not a mean of means."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import DataError
+from data.labels import LabelSet
+from train import TrainError
+
+AUTO_POWER = 0.35
+AUTO_RANGE = (0.1, 10.0)
+
+
+def class_weights(setting: str | list[float], pixel_counts: np.ndarray) -> torch.Tensor:
+    """float32 (C,) from the experiment's `loss.class_weights` and the pixels of each class in the training shards.
+
+    "auto" is frequency^-0.35 with mean 1 over the classes that occur: plain cross-entropy learns eyes and lips many
+    times later. Raises TrainError when a list has another length.
+    """
+    if setting == "none":
+        return torch.ones(len(pixel_counts))
+    if setting == "auto":
+        present = pixel_counts > 0
+        weights = np.ones(len(pixel_counts))
+        weights[present] = (pixel_counts[present] / pixel_counts.sum()) ** -AUTO_POWER
+        weights[present] /= weights[present].mean()
+        return torch.tensor(weights.clip(*AUTO_RANGE), dtype=torch.float32)
+    if len(setting) != len(pixel_counts):
+        raise TrainError(
+            f"loss.class_weights: {len(setting)} values, but the shards' label set has {len(pixel_counts)} classes"
+        )
+    return torch.tensor(setting, dtype=torch.float32)
+
+
+class PixelLoss:
+    """Weighted cross-entropy sums and the weight they are to be divided by."""
+
+    def __init__(self, weights: torch.Tensor, label_set: LabelSet) -> None:
+        self.weights, self.label_set = weights, label_set
+
+    def weight_of(self, pixel_counts: torch.Tensor) -> float:
+        """The summed weight of all valid pixels, from label value counts int64 (B, 256), in double precision.
+
+        Raises DataError when a label is neither a class nor ignored: on a GPU the loss would abort the process.
+        """
+        counts = pixel_counts.sum(0)
+        classes = self.label_set.num_classes
+        strange = [v for v in range(classes, 256) if v != self.label_set.ignore_index and counts[v]]
+        if strange:
+            raise DataError(
+                f"a mask holds the labels {strange}, but label set {self.label_set.name} has the classes 0..{classes - 1}"
+                f" and ignores {self.label_set.ignore_index}; build the shards again"
+            )
+        return float((counts[:classes].double() * self.weights.double()).sum())
+
+    def sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed weighted cross-entropy in fp32, a scalar.
+
+        Args:
+            logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
+        """
+        logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+        weights = self.weights.to(logits.device)
+        return F.cross_entropy(logits, labels.long(), weights, ignore_index=self.label_set.ignore_index, reduction="sum")

@@ -1,0 +1,108 @@
+"""From a checked experiment to a running one: job, model, weights, engine, checkpoint."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from data.shards import ShardSet
+from model.segmenter import Segmenter, build_segmenter
+from model.weights import load_weights
+from train import checkpoint, deepspeed_config
+from train.checkpoint import RunState
+from train.config import Config
+from train.engine import Job, build_engine, join_job
+from train.loop import fit
+from train.loss import PixelLoss, class_weights
+from train.track import log, start_logging
+
+
+def check(config: Config, train: ShardSet, world_size: int) -> dict[str, Any]:
+    """The resolved DeepSpeed settings, after all that can be checked without memory. Raises TrainError, ModelError."""
+    with torch.device("meta"):
+        _build_model(config, train)
+    class_weights(config.loss.class_weights, train.pixel_counts)
+    if config.resume_from:
+        checkpoint.locate(config.resume_from)
+    return deepspeed_config.resolve(config, world_size, torch.cuda.is_available())
+
+
+def start(config: Config, train: ShardSet, val: ShardSet | None) -> None:
+    """Join the job and train to the end. Every process of the job must call it."""
+    settings = check(config, train, int(os.environ.get("WORLD_SIZE", "1")))
+    job = join_job()
+    start_logging(config.output_dir, job.rank)
+    torch.manual_seed(config.seed)  # the same fresh weights on every rank
+    model = _build_model(config, train)
+    resume = _resume_point(config)
+    origin: dict[str, Any] = {}
+    if config.load_from and not resume:
+        report = load_weights(model, config.load_from)
+        origin = {"weights": config.load_from.name, "sha256": _sha256(config.load_from) if job.is_main else ""}
+        log.info("%s", report.summary())
+    model.set_grad_checkpointing(config.model.recompute)
+    engine = build_engine(model, config, settings, job)
+    state = _fresh_state(config, settings, train, origin, job)
+    if resume:
+        state = checkpoint.load(engine, resume, state)
+        log.info("resumed at step %d from %s", state.step, resume)
+    if job.is_main:
+        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        log.info("%s", _headline(config, train, val, settings, state, job))
+    loss = PixelLoss(class_weights(config.loss.class_weights, train.pixel_counts), train.label_set)
+    fit(engine, config, settings, train, val, loss, state, job)
+    dist.barrier()  # the others wait for rank 0's export, else the launcher takes their leaving for the end
+    dist.destroy_process_group()
+
+
+def _build_model(config: Config, train: ShardSet) -> Segmenter:
+    spec = config.model
+    return build_segmenter(spec.arch, train.label_set.num_classes, spec.image_size, spec.patch_padding, spec.dropout)
+
+
+def _resume_point(config: Config) -> Path | None:
+    """The checkpoint to continue from, the same on all ranks: this output folder's own before `resume_from`."""
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        found[0] = checkpoint.find(config.output_dir / "checkpoints")
+        if found[0] is None and config.resume_from:
+            found[0] = checkpoint.locate(config.resume_from)
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _fresh_state(config: Config, settings: dict, train: ShardSet, origin: dict, job: Job) -> RunState:
+    return RunState(
+        step=0,
+        total_steps=config.total_steps(len(train)),
+        origin=origin,
+        world_size=job.world_size,
+        zero_stage=deepspeed_config.stage(settings),
+        bf16=settings.get("bf16", {}).get("enabled", False),
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        arch=config.model.arch,
+        num_classes=train.label_set.num_classes,
+        image_size=list(config.model.image_size),
+        data_fingerprint=train.fingerprint,
+    )
+
+
+def _headline(config: Config, train: ShardSet, val: ShardSet | None, settings: dict, state: RunState, job: Job) -> str:
+    return (
+        f"{config.model.arch} at {config.model.image_size[0]}x{config.model.image_size[1]}, "
+        f"{train.label_set.num_classes} classes ({train.label_set.name}); {len(train)} training and "
+        f"{len(val) if val else 0} validation images\n"
+        f"{job.world_size} x {job.device.type}, ZeRO-{state.zero_stage}, batch {config.global_batch_size} = "
+        f"{config.micro_batch_size} x {job.world_size} x {settings['gradient_accumulation_steps']} accumulated; "
+        f"steps {state.step}..{state.total_steps}; output {config.output_dir}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
