@@ -15,20 +15,18 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import DataError
 from data.labels import LabelSet, load_label_set
+from data.parallel import map_in_order
 from data.prepare import KINDS, Problem, prepare
 from data.shards import write_split
 from data.sources import SOURCES, RawExample
@@ -137,27 +135,6 @@ def _sound(results: Iterable[PackedSample | Problem], problems: list[Problem], r
         raise _Refused
 
 
-def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """Like `map`, in processes. Few results wait at a time: a slow disk must not fill the memory with images."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    context = get_context("forkserver")  # forking this process would copy its threads' locks
-    context.set_forkserver_preload([prepare.__module__])
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_parent) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A folder inside `out` that is gone afterwards, whatever happens."""
@@ -246,4 +223,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
     sys.exit(main())

@@ -30,7 +30,7 @@ ARCHS: dict[str, Arch] = {
         Arch("sapiens_1b", embed_dim=1536, depth=40, num_heads=24),
         Arch("sapiens_2b", embed_dim=1920, depth=48, num_heads=32),
         # Small enough to learn 128x96 images on a CPU: for the demo and the tests.
-        Arch("tiny", embed_dim=128, depth=4, num_heads=4, patch_size=8, head_deconv=(64,) * 3, head_conv=(64,) * 3),
+        Arch("tiny", embed_dim=128, depth=4, num_heads=4, patch_size=8, head_deconv=(64, 48, 32), head_conv=(32, 32)),
     )
 }
 

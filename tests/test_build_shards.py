@@ -1,8 +1,11 @@
 """The command that packs raw folders: all or nothing, every problem named, the same bytes each time."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +134,26 @@ def test_a_wrong_root_is_one_line_and_no_traceback(tmp_path):
         assert str(tmp_path / name) in done.stderr and words in done.stderr and "NNNNNN_seg.png" in done.stderr
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_killed_build_leaves_no_shards_and_no_processes(tmp_path, number, code):
+    rng = np.random.default_rng(0)
+    (tmp_path / "image").write_bytes(encoded(rng.integers(0, 256, (512, 512, 3), np.uint8)))
+    (tmp_path / "mask").write_bytes(encoded(rng.integers(0, 19, (512, 512), np.uint8)))
+    (tmp_path / "raw").mkdir()
+    for i in range(1000):  # seconds of work
+        (tmp_path / "raw" / f"{i:06d}.png").symlink_to(tmp_path / "image")
+        (tmp_path / "raw" / f"{i:06d}_seg.png").symlink_to(tmp_path / "mask")
+    command = [sys.executable, "-m", "data.build_shards", "--dataset", "facesynthetics", "--workers", "2"]
+    command += ["--root", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(tmp_path.glob("out/.building-*/.train*/*.tar")):
+        time.sleep(0.05)
+    build.send_signal(number)
+    build.communicate(timeout=30)  # ends when the last process that holds the pipe does
+    assert build.returncode == code
+    assert not (tmp_path / "out" / "train").exists()
+
+
 def examples(n: int) -> list[RawExample]:
     return [RawExample(f"{i:06d}", Path(f"{i}.png"), None) for i in range(n)]
 
@@ -139,6 +162,7 @@ def test_the_split_hardly_moves_when_a_sample_is_added_and_ignores_order():
     before, after = split(examples(100), 0.1), split(examples(101), 0.1)
     val = {e.key for e in before["val"]}
     assert len(before["train"]) == 90 and len(val) == 10
+    assert val == set(sorted((f"{i:06d}" for i in range(100)), key=lambda key: sha256(key.encode()).hexdigest())[:10])
     assert len(val ^ {e.key for e in after["val"]}) <= 2
     assert {e.key for e in split(examples(100)[::-1], 0.1)["val"]} == val
     assert before["train"] == sorted(before["train"], key=lambda e: e.key)

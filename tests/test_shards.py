@@ -126,9 +126,9 @@ def test_verify_finds_a_flipped_byte_a_cut_and_a_missing_file(raw, tmp_path):
     assert len(problems) == 3
     for path, word in ((first, "sha256"), (second, "600 bytes"), (third, "missing")):
         assert any(str(path) in problem and word in problem for problem in problems)
-    with pytest.raises(DataError, match="shard-000001.tar: sample 5"):
+    with pytest.raises(DataError, match="shard-000001.tar: sample 5 ends early"):
         train.read(5)
-    with pytest.raises(DataError, match="shard-000002.tar: sample 10"):
+    with pytest.raises(DataError, match="shard-000002.tar: sample 10 cannot be read"):
         train.read(10)
 
 

@@ -68,7 +68,8 @@ def test_command_line_writes_the_layout_and_the_same_bytes_as_the_function(tmp_p
 def test_bad_arguments_are_told_in_one_line(tmp_path: Path) -> None:
     a_file = tmp_path / "file"
     a_file.touch()
-    for root, count, size, key in ((tmp_path, 0, 64, "--count 0"), (tmp_path, 1, 8, "--size 8"), (a_file, 1, 64, "--out")):
+    bad = (tmp_path, 0, 64, "--count 0"), (tmp_path, 1, 8, "--size 8"), (a_file, 1, 64, "--out")
+    for root, count, size, key in bad:
         with pytest.raises(DataError, match=f"{root}.*{key}") as error:
             write_dataset(root, count, size=size)
         assert "\n" not in str(error.value)

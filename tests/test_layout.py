@@ -1,0 +1,44 @@
+"""The design's rules about the code itself."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+MAY_IMPORT = {"data": {"data"}, "model": {"model"}, "train": {"train", "data", "model"}}
+SOURCES = [path for path in sorted(ROOT.glob("*/**/*.py")) if not path.relative_to(ROOT).parts[0].startswith(".")]
+
+
+def imported_packages(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names & {"data", "model", "train", "tests", "benchmarks"}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_in_the_designs_direction(package):
+    files = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == package]
+    assert files
+    for path in files:
+        assert imported_packages(path) <= MAY_IMPORT[package], path
+
+
+def test_no_file_over_300_lines():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    assert not long
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
+def test_launch_scripts_parse_and_explain_themselves(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    text = subprocess.run([script, "--help"], check=True, capture_output=True, text=True).stdout
+    for name in ("CONFIG", "DEVICES", "OUTPUT_DIR", "TRAIN_BATCH_SIZE_PER_GPU", "RESUME_FROM", "LOAD_FROM", "debug"):
+        assert name in text
