@@ -3,7 +3,9 @@
 import math
 from functools import partial
 
+import torch
 import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -44,6 +46,8 @@ class Backbone(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
         self.patch_embed.proj = nn.Conv2d(3, arch.embed_dim, patch, stride=patch, padding=patch_padding)
+        with torch.no_grad():  # as MAE starts: from noise, a short training takes long to tell left from right
+            self.pos_embed.copy_(build_sincos2d_pos_embed(self.grid, arch.embed_dim, device=self.pos_embed.device)[None])
 
     @property
     def grid(self) -> tuple[int, int]:

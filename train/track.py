@@ -37,8 +37,9 @@ class _Console(logging.Handler):
     """Prints above a live progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
-        sys.stdout.flush()
+        if not (getattr(record, "on_bar", False) and sys.stderr.isatty()):
+            tqdm.write(self.format(record))
+            sys.stdout.flush()
 
 
 class Tracker:
@@ -64,8 +65,7 @@ class Tracker:
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-        if self.bar.disable:
-            log.info("step %d/%d  %s  ETA %s", step + 1, self.total_steps, text, eta)
+        log.info("step %d/%d  %s  ETA %s", step + 1, self.total_steps, text, eta, extra={"on_bar": True})
         self._record(step, {f"train/{key}": value for key, value in values.items()})
 
     def validation(self, step: int, values: dict[str, float], sheet: np.ndarray | None) -> None:
