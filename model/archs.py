@@ -21,6 +21,18 @@ class Arch:
     head_deconv: tuple[int, ...] = (768, 768, 768)
     head_conv: tuple[int, ...] = (768, 768, 768)
 
+    def check(self, image_size: tuple[int, int], patch_padding: int) -> None:
+        """Raises ModelError if images of (height, width) are not whole patches, or the padding would add to the grid."""
+        if any(side <= 0 or side % self.patch_size for side in image_size):
+            raise ModelError(
+                f"image_size: {image_size[0]}x{image_size[1]} (height x width) is not whole patches, "
+                f"choose multiples of {self.patch_size} for {self.name}"
+            )
+        if not 0 <= 2 * patch_padding < self.patch_size:
+            raise ModelError(
+                f"patch_padding: {patch_padding} must be at least 0 and under half the patch of {self.patch_size}"
+            )
+
 
 ARCHS: dict[str, Arch] = {
     arch.name: arch
@@ -30,7 +42,7 @@ ARCHS: dict[str, Arch] = {
         Arch("sapiens_1b", embed_dim=1536, depth=40, num_heads=24),
         Arch("sapiens_2b", embed_dim=1920, depth=48, num_heads=32),
         # Small enough to learn 128x96 images on a CPU: for the demo and the tests.
-        Arch("tiny", embed_dim=128, depth=4, num_heads=4, patch_size=8, head_deconv=(64, 48, 32), head_conv=(32, 32)),
+        Arch("tiny", embed_dim=96, depth=4, num_heads=3, patch_size=8, head_deconv=(48, 32, 24), head_conv=(24,)),
     )
 }
 

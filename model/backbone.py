@@ -24,14 +24,8 @@ class Backbone(VisionTransformer):
     """
 
     def __init__(self, arch: Arch, image_size: tuple[int, int], patch_padding: int = 2) -> None:
+        arch.check(image_size, patch_padding)
         patch = arch.patch_size
-        if any(side <= 0 or side % patch for side in image_size):
-            raise ModelError(
-                f"image_size: {image_size[0]}x{image_size[1]} (height x width) is not whole patches, "
-                f"choose multiples of {patch} for {arch.name}"
-            )
-        if not 0 <= 2 * patch_padding < patch:
-            raise ModelError(f"patch_padding: {patch_padding} must be at least 0 and under half the patch of {patch}")
         super().__init__(
             img_size=image_size,
             patch_size=patch,

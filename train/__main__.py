@@ -9,14 +9,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 from data import DataError
 from data.shards import ShardSet
 from model import ModelError
-from train import TrainError
+from model.archs import get_arch
+from train import TrainError, checkpoint, deepspeed_config
 from train.config import Config, load_config
+from train.loss import class_weights
 
 
 def main() -> None:
@@ -36,22 +40,37 @@ def main() -> None:
 
 
 def run(config: Config, check_only: bool) -> None:
-    """Load, build, fit. Everything that can be wrong is told before the slow imports and the first allocation."""
+    """Check, then train. Whatever can be wrong is told before the slow imports and the first allocation."""
     train = ShardSet.open(config.data.train)
     val = ShardSet.open(config.data.val) if config.data.val else None
+    settings = check(config, train, val)
+    if check_only:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
+        return
+    # Not above: importing DeepSpeed and timm takes seconds, and a misspelt key should be told at once.
+    from train.run import start
+
+    start(config, settings, train, val)
+
+
+def check(config: Config, train: ShardSet, val: ShardSet | None) -> dict[str, Any]:
+    """The resolved DeepSpeed settings, if the experiment fits itself, its shards and the number of processes.
+
+    Raises TrainError, DataError, ModelError.
+    """
     if val and val.label_set != train.label_set:
         raise DataError(
             f"data.val: {config.data.val} has label set {val.label_set.name} with {val.label_set.num_classes} classes, "
             f"{config.data.train} has {train.label_set.name} with {train.label_set.num_classes}; build both from one set"
         )
-    # After the checks: importing torch and DeepSpeed takes seconds, and a misspelt key should be told at once.
-    from train.run import check, start
-
-    if check_only:
-        settings = check(config, train, int(os.environ.get("WORLD_SIZE", "1")))
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
-    else:
-        start(config, train, val)
+    get_arch(config.model.arch).check(config.model.image_size, config.model.patch_padding)
+    class_weights(config.loss.class_weights, train.pixel_counts)
+    if config.resume_from:
+        checkpoint.locate(config.resume_from)
+    if config.load_from and not config.load_from.is_file():
+        raise TrainError(f"load_from: {config.load_from}: no such file")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return deepspeed_config.resolve(config, world_size, torch.cuda.is_available())
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from train import TrainError
-from train.engine import DeepSpeedEngine
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds; `locate` needs none of it
+    from deepspeed import DeepSpeedEngine
 
 META = "run.json"
 MAY_DIFFER = {"step", "total_steps", "origin"}
@@ -33,7 +36,7 @@ class RunState:
     data_fingerprint: str
 
 
-def save(engine: DeepSpeedEngine, folder: Path, state: RunState, keep: int) -> Path:
+def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int) -> Path:
     """Write folder/step_N and remove all but the newest `keep`. Every rank must call it."""
     final = folder / f"step_{state.step:08d}"
     unfinished = folder / f"unfinished_{final.name}"
@@ -74,7 +77,7 @@ def locate(path: Path) -> Path:
     return found
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, now: RunState) -> RunState:
+def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState) -> RunState:
     """Put the engine into the checkpoint's state; returns `now` at its step. Every rank must call it.
 
     Raises TrainError naming what differs, when the run could not go on as it was.

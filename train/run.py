@@ -1,7 +1,6 @@
 """From a checked experiment to a running one: job, model, weights, engine, checkpoint."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,8 @@ from train.loss import PixelLoss, class_weights
 from train.track import log, start_logging
 
 
-def check(config: Config, train: ShardSet, world_size: int) -> dict[str, Any]:
-    """The resolved DeepSpeed settings, after all that can be checked without memory. Raises TrainError, ModelError."""
-    with torch.device("meta"):
-        _build_model(config, train)
-    class_weights(config.loss.class_weights, train.pixel_counts)
-    if config.resume_from:
-        checkpoint.locate(config.resume_from)
-    return deepspeed_config.resolve(config, world_size, torch.cuda.is_available())
-
-
-def start(config: Config, train: ShardSet, val: ShardSet | None) -> None:
-    """Join the job and train to the end. Every process of the job must call it."""
-    settings = check(config, train, int(os.environ.get("WORLD_SIZE", "1")))
+def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardSet | None) -> None:
+    """Join the job and train to the end, with the resolved DeepSpeed `settings`. Every process of the job must call it."""
     job = join_job()
     start_logging(config.output_dir, job.rank)
     torch.manual_seed(config.seed)  # the same fresh weights on every rank
