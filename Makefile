@@ -24,8 +24,8 @@ ifeq ($(DATA_ROOT),)
 endif
 	rm -rf $(DEMO)/shards $(DEMO)/run
 	$(RUN) -m data.build_shards --dataset facesynthetics --root $(or $(DATA_ROOT),$(DEMO)/faces) --out $(DEMO)/shards --workers 2
-	n=$$($(RUN) -c 'import torch; print(torch.cuda.device_count() or $(PROCESSES))'); micro=$$(((15 + n) / n)); \
-	CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$(seq -s, 0 $$((n - 1))) \
+	n=$$($(RUN) -c 'import torch; print(torch.cuda.device_count() or $(PROCESSES))'); micro=$$(((7 + n) / n)); \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$(seq -s, 0 $$((n - 1))) \
 	TRAIN_BATCH_SIZE_PER_GPU=$$micro GLOBAL_BATCH_SIZE=$$((micro * n)) launch/node.sh
 
 test: .venv/ready

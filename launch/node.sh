@@ -23,7 +23,7 @@ EOF
 
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && PATH="$PWD/.venv/bin:$PATH"
+command -v deepspeed >/dev/null || PATH="$PWD/.venv/bin:$PATH" # the active environment first, else the one `make` built
 
 CONFIG=${CONFIG:-train/configs/demo.yaml}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)/$(date +%Y-%m-%d_%H-%M-%S)}

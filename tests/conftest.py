@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def train(shards: Path, folder: Path, *overrides: str, processes: int = 1, timeo
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return Run(done.returncode, done.stdout, folder)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: float = 90) -> None:
+    """Until the run in `folder` has logged optimizer step `step`."""
+    deadline = time.monotonic() + timeout
+    path = folder / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) > step):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.1)

@@ -17,7 +17,7 @@ from data.order import BatchPlan, Order
 from data.shards import ShardSet
 from model.segmenter import build_segmenter
 from model.weights import load_segmenter, read_weights
-from tests.conftest import ROOT, train, train_command, train_environment
+from tests.conftest import ROOT, train, train_command, train_environment, wait_for_step
 from train.config import load_config
 from train.loss import PixelLoss, class_weights
 from train.optim import build_optimizer, lr_factor, parameter_groups, set_lr
@@ -98,15 +98,6 @@ def test_killed_run_continues_as_if_it_had_not_been(shards, tmp_path, stage, pro
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     kept = sorted(path.name for path in (killed_folder / "checkpoints").glob("step_*"))
     assert kept == ["step_00000012", "step_00000014"]
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: float = 90) -> None:
-    deadline = time.monotonic() + timeout
-    path = folder / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) > step):
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.1)
 
 
 def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):

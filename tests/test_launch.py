@@ -1,0 +1,80 @@
+"""launch/node.sh as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, SMALL, python, wait_for_step
+
+
+def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUTPUT_DIR": str(folder), **variables}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+    command = ["launch/node.sh", *SMALL, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("node")
+    process = start(shards, folder, "schedule.steps=3", DEVICES="0,1", TRAIN_BATCH_SIZE_PER_GPU="2")
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def test_two_processes_train_and_leave_everything(finished):
+    folder, output = finished
+    assert "2 x cpu, ZeRO-1, batch 8 = 2 x 2 x 2 accumulated" in output
+    assert "mIoU" in output and str(folder / "model.safetensors") in output
+    log = (folder / "log.txt").read_text()
+    assert "step 3/3  loss" in log and "images/s" in log and "ETA" in log and "mIoU" in log
+    assert {"config.yaml", "metrics.jsonl", "pictures", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    picture = next((folder / "pictures").iterdir())
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in output
+
+
+def test_evaluate_finds_the_scores_of_the_run_again(finished, shards, tmp_path):
+    folder, _ = finished
+    sheet = tmp_path / "sheet.png"
+    done = python(
+        "-m", "train.evaluate", "--weights", folder / "model.safetensors", "--data", shards / "val", "--output", sheet
+    )
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert f"mIoU {scores['val/miou']:.4f}" in done.stdout and sheet.is_file()
+    wrong = python("-m", "train.evaluate", "--weights", folder / "config.yaml", "--data", shards / "val")
+    assert wrong.returncode != 0 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+
+
+def test_debug_is_one_process(shards, tmp_path):
+    process = start(shards, tmp_path, "schedule.steps=1", "data.workers=3", mode="debug")
+    output = process.communicate(timeout=150)[0]
+    assert process.returncode == 0, output
+    assert "1 x cpu" in output and "workers: 0" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("variables", "word"), [({"mode": "fast"}, "mode"), ({"DEVICES": "two"}, "DEVICES")])
+def test_variables_are_checked(shards, tmp_path, variables, word):
+    process = start(shards, tmp_path, **variables)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and output.startswith("error: ") and word in output
+
+
+def test_a_signal_ends_everything(shards, tmp_path):
+    process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
+    wait_for_step(tmp_path, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, None)
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
