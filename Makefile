@@ -20,7 +20,7 @@ PROCESSES ?= 2
 
 demo: .venv/ready
 ifeq ($(DATA_ROOT),)
-	$(RUN) -m data.synthetic --out $(DEMO)/faces --count 660 --size 192 --seed 0
+	$(RUN) -m data.synthetic --out $(DEMO)/faces --count 1500 --size 192 --seed 0
 endif
 	rm -rf $(DEMO)/shards $(DEMO)/run
 	$(RUN) -m data.build_shards --dataset facesynthetics --root $(or $(DATA_ROOT),$(DEMO)/faces) --out $(DEMO)/shards --workers 2

@@ -49,6 +49,8 @@ if [ "$gpus" -gt 0 ]; then
   place=(--include "localhost:$DEVICES")
 else
   export DS_ACCELERATOR=cpu
+  # Keep freed activations in the process: the kernel would clear every page of them again in the next step.
+  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
   place=(--num_gpus "$processes")
 fi
 # Mistakes are told once and at once here, not by every process after its start.

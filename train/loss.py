@@ -60,6 +60,8 @@ class PixelLoss:
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
         """
-        logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+        logits = logits.float()
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         weights = self.weights.to(logits.device)
         return F.cross_entropy(logits, labels.long(), weights, ignore_index=self.label_set.ignore_index, reduction="sum")
