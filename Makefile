@@ -13,19 +13,20 @@ PROCESSES ?= 2
 .DELETE_ON_ERROR:
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
 demo: .venv/ready
+	rm -rf $(DEMO)
 ifeq ($(DATA_ROOT),)
 	$(RUN) -m data.synthetic --out $(DEMO)/faces --count 1500 --size 192 --seed 0
 endif
-	rm -rf $(DEMO)/shards $(DEMO)/run
-	$(RUN) -m data.build_shards --dataset facesynthetics --root $(or $(DATA_ROOT),$(DEMO)/faces) --out $(DEMO)/shards --workers 2
-	n=$$($(RUN) -c 'import torch; print(torch.cuda.device_count() or $(PROCESSES))'); micro=$$(((7 + n) / n)); \
-	PATH="$(CURDIR)/.venv/bin:$$PATH" CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$(seq -s, 0 $$((n - 1))) \
+	$(RUN) -m data.build_shards --dataset facesynthetics --root "$(or $(DATA_ROOT),$(DEMO)/faces)" --out $(DEMO)/shards
+	gpus=$$($(RUN) -c 'import torch; print(torch.cuda.device_count())'); devices=; n=$$gpus; \
+	if [ $$gpus = 0 ]; then n=$(PROCESSES); devices=$$(seq -s, 0 $$((n - 1))); fi; micro=$$(((7 + n) / n)); \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$devices \
 	TRAIN_BATCH_SIZE_PER_GPU=$$micro GLOBAL_BATCH_SIZE=$$((micro * n)) launch/node.sh
 
 test: .venv/ready

@@ -36,7 +36,7 @@ def shards(name: str, keep_pairs: bool) -> Path:
 def scores(name: str, keep_pairs: bool, overrides: list[str]) -> dict[str, float]:
     """Train and return the last validation's values."""
     folder, output = shards(name, keep_pairs), WORK / name / "run"
-    environment = {"DEVICES": "0,1", "CONFIG": "train/configs/demo.yaml", "OUTPUT_DIR": str(output), **os.environ}
+    environment = {"DEVICES": "0,1", **os.environ, "CONFIG": "train/configs/demo.yaml", "OUTPUT_DIR": str(output)}
     data = [f"data.train={folder / 'train'}", f"data.val={folder / 'val'}", "wandb.mode=disabled"]
     subprocess.run(["launch/node.sh", *data, *overrides], cwd=ROOT, env=environment, check=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ photometric distortion) is drawn first and composed into one affine matrix: imag
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 CROP_TRIES = 10
 IMAGE_FILL = (124, 116, 104)  # the normalisation mean: nothing once normalised
@@ -21,6 +21,13 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid"):
     rotate_degrees: float = Field(45.0, ge=0, le=180, description="rotation is uniform in +- this")
     flip_probability: float = Field(0.5, ge=0, le=1, description="left/right flip, labels swapped by the flip pairs")
     photometric: bool = Field(True, description="brightness, contrast, saturation and hue, each with p = 0.5")
+
+    @field_validator("scale")
+    @classmethod
+    def _a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"{list(scale)} is no range of ratios; write [low, high] with 0 < low <= high")
+        return scale
 
 
 def augment(

@@ -66,7 +66,7 @@ def build(args: argparse.Namespace) -> None:
     """
     start = time.perf_counter()
     source = SOURCES[args.dataset]
-    label_set = load_label_set(source.label_set)
+    label_set = load_label_set(args.label_set or source.label_set)
     for name in ("train", "val"):
         if (args.out / name).exists():
             raise DataError(f"{args.out / name}: already built; delete {args.out} or choose another --out")
@@ -192,7 +192,7 @@ def _print_summary(splits: dict[str, dict], label_set: LabelSet, args: argparse.
         print(f"no val split: --val-fraction {args.val_fraction} of so few examples rounds to none")
     folders = {name: shlex.quote(str(args.out / name)) if name in splits else "null" for name in ("train", "val")}
     print(f"{seconds:.1f} s with {args.workers} workers; next:")
-    print(f"  {NEXT} data.train={folders['train']} data.val={folders['val']}")
+    print(f"  {NEXT} data.train={folders['train']} data.val={folders['val']} output_dir=outputs/{args.out.name}")
 
 
 def _at_least_one(text: str) -> int:
@@ -212,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.build_shards", formatter_class=formatter)
     add = parser.add_argument
     add("--dataset", choices=SOURCES, required=True, help="the layout of the raw folder")
+    add("--label-set", help="a YAML file as data/label_sets/face19.yaml; default: the data set's own")
     add("--root", type=Path, required=True, help="the raw folder")
     add("--out", type=Path, required=True, help="where train/ and val/ are made")
     add("--val-fraction", type=_fraction, default=0.1, help="share of the examples that validate; 0: no val/")

@@ -76,7 +76,7 @@ def write_split(samples: Iterable[PackedSample], out: Path, label_set: LabelSet,
     try:
         index = _write_files(samples, partial, label_set, samples_per_shard)
         if index.num_samples == 0:
-            raise DataError(f"{out.name}: no samples to write; a split cannot be empty")
+            raise DataError(f"{out.name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction")
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -259,8 +259,8 @@ def draw_face(seed: int, index: int, size: int = 192) -> tuple[np.ndarray, np.nd
     """Picture `index` of the set `seed`, a pure function of the arguments: an RGB image (size, size, 3) and its labels
     (size, size), both uint8. Labels are 0..18 of face19, or 255 in a few ignored specks."""
     rng = np.random.default_rng((seed, index))
-    yaw, pitch, roll = np.clip(rng.normal(0, (0.36, 0.14, 0.21)), (-0.85, -0.3, -0.61), (0.85, 0.3, 0.61))
-    pose = Pose(yaw, pitch, roll, x=rng.normal(0.5, 0.02), y=rng.normal(0.45, 0.02), unit=rng.uniform(0.3, 0.37))
+    yaw, pitch, roll = np.clip(rng.normal(0, (0.32, 0.12, 0.18)), (-0.85, -0.3, -0.61), (0.85, 0.3, 0.61))
+    pose = Pose(yaw, pitch, roll, x=rng.normal(0.5, 0.02), y=rng.normal(0.45, 0.02), unit=rng.uniform(0.34, 0.4))
     image, mask = draw_person(rng, pose, size)
     if rng.random() < 0.5:  # whatever is drawn above, a picture and its mirror image are equally likely
         image, mask = np.ascontiguousarray(image[:, ::-1]), MIRRORED[mask[:, ::-1]]

@@ -9,13 +9,16 @@ usage: [NAME=value ...] launch/node.sh [key=value ...]
 Everything is set by environment variables; key=value arguments override the config's YAML.
 
   CONFIG                        experiment (default train/configs/demo.yaml)
-  DEVICES                       GPU numbers, as 0,1,2,3 (default: all). Without a GPU: so many CPU processes (default 1)
+  DEVICES                       GPU numbers, as 0,1,2,3 (default: all, or CUDA_VISIBLE_DEVICES). Without a GPU: so many
+                                CPU processes (default 1)
   OUTPUT_DIR                    default outputs/<config>/<time>. The same OUTPUT_DIR again continues that run
   TRAIN_BATCH_SIZE_PER_GPU      samples a GPU holds at a time. The YAML's global batch stays, accumulation follows
   GLOBAL_BATCH_SIZE             samples in one optimizer step, over all GPUs
   RESUME_FROM                   a run's output folder, or one checkpoint in it, to continue from
   LOAD_FROM                     weights to start from: .pth or .safetensors
   mode                          multi-gpu (default), or debug: one process, no loader workers, breakpoint() works
+
+Relative paths start at the repository's root.
 
   CONFIG=train/configs/face_1b.yaml LOAD_FROM=sapiens_1b_pretrain.pth launch/node.sh data.train=shards/train
 EOF
@@ -32,33 +35,45 @@ arguments=(--config "$CONFIG" "output_dir=$OUTPUT_DIR")
 [ -n "${GLOBAL_BATCH_SIZE:-}" ] && arguments+=("global_batch_size=$GLOBAL_BATCH_SIZE")
 [ -n "${RESUME_FROM:-}" ] && arguments+=("resume_from=$RESUME_FROM")
 [ -n "${LOAD_FROM:-}" ] && arguments+=("load_from=$LOAD_FROM")
+for argument in "$@"; do
+  case "$argument" in output_dir=*) echo "error: $argument: set the variable OUTPUT_DIR instead" >&2; exit 2 ;; esac
+done
 arguments+=("$@")
+[[ ${DEVICES:-0} =~ ^[0-9]+(,[0-9]+)*,?$ ]] || { echo "error: DEVICES: '$DEVICES' is not a list of numbers as 0,1,2" >&2; exit 2; }
 
 case "${mode:-multi-gpu}" in
-  debug) exec python -m train "${arguments[@]}" data.workers=0 ;;
+  debug) [ -z "${DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=${DEVICES%%,*}; exec python -m train "${arguments[@]}" data.workers=0 ;;
   multi-gpu) ;;
   *) echo "error: mode: '$mode' is neither multi-gpu nor debug" >&2; exit 2 ;;
 esac
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-DEVICES=${DEVICES:-$(seq -s, 0 $((gpus > 0 ? gpus - 1 : 0)))}
-[[ $DEVICES =~ ^[0-9]+(,[0-9]+)*,?$ ]] || { echo "error: DEVICES: '$DEVICES' is not a list of numbers as 0,1,2" >&2; exit 2; }
-DEVICES=${DEVICES%,}
-processes=$(awk -F, '{print NF}' <<<"$DEVICES")
-if [ "$gpus" -gt 0 ]; then
-  place=(--include "localhost:$DEVICES")
-else
+count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+gpus=$(count_gpus)
+listed=${DEVICES:-}
+listed=${listed%,}
+processes=$(awk -F, '{print NF}' <<<"$listed")
+if [ "$gpus" = 0 ]; then
+  [ "$processes" -gt 0 ] || processes=1
+  place=(--num_gpus "$processes")
   export DS_ACCELERATOR=cpu
   # Keep freed activations in the process: the kernel would clear every page of them again in the next step.
   export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4000000000}
-  place=(--num_gpus "$processes")
+elif [ "$processes" = 0 ]; then
+  processes=$gpus
+  place=() # the launcher takes all, or those of CUDA_VISIBLE_DEVICES
+else
+  unset CUDA_VISIBLE_DEVICES # the launcher numbers all of the machine's
+  last=$(tr , '\n' <<<"$listed" | sort -n | tail -n 1)
+  gpus=$(count_gpus)
+  [ "$last" -lt "$gpus" ] || { echo "error: DEVICES: there is no GPU $last, the machine has $gpus (0 to $((gpus - 1)))" >&2; exit 2; }
+  place=(--include "localhost:$listed")
 fi
 # Mistakes are told once and at once here, not by every process after its start.
 WORLD_SIZE=$processes python -m train --check "${arguments[@]}" >/dev/null
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 started=$(mktemp)
-deepspeed "${place[@]}" --master_port "$port" --no_local_rank --module train "${arguments[@]}" &
+python -m deepspeed.launcher.runner --log_level warning "${place[@]}" --master_port "$port" --no_local_rank --module train "${arguments[@]}" &
 launcher=$!
 trap 'kill -TERM "$launcher" 2>/dev/null' INT TERM
 wait "$launcher" && code=0 || code=$?

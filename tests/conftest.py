@@ -15,14 +15,17 @@ from data.synthetic import write_dataset
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a step in a tenth of a second: 12 tokens.
-SMALL = ["model.image_size=[32,24]", "global_batch_size=8", "micro_batch_size=4", "log_every=1", "wandb.mode=disabled"]
+SMALL = [
+    "model.image_size=[32,24]", "global_batch_size=8", "micro_batch_size=4", "log_every=1", "wandb.mode=disabled",
+    "schedule.warmup_steps=0",
+]  # fmt: skip
 
 
 def python(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
     """Run `python ARGUMENTS` in the repository's root; never raises for the exit code."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 

@@ -42,6 +42,16 @@ def test_shards_are_the_same_bytes_for_any_number_of_workers(raw, built, tmp_pat
     assert ShardSet.open(tmp_path / "again" / "train").fingerprint == ShardSet.open(built / "train").fingerprint
 
 
+def test_masks_of_a_users_own_classes(raw, tmp_path, capsys):
+    own = Path("data/label_sets/face19.yaml").read_text().replace("name: face19", "name: mine").replace("Nose", "Snout")
+    (tmp_path / "mine.yaml").write_text(own)
+    assert run(raw, tmp_path / "out", "--label-set", tmp_path / "mine.yaml") == 0
+    label_set = ShardSet.open(tmp_path / "out" / "train").label_set
+    assert (label_set.name, label_set.classes[2]) == ("mine", "Snout")
+    assert run(raw, tmp_path / "other", "--label-set", "nowhere.yaml") == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
 def damage(root: Path) -> dict[str, str]:
     """One example of each kind of problem in a folder of `draw`; kind -> file at fault."""
     (root / "000001.png").unlink()

@@ -40,6 +40,8 @@ def test_recomputation_from_1b():
         (["loss.class_weights=some"], "loss.class_weights"),
         (["precision=fp16"], "precision: .*'fp16'"),
         (["data=3"], "data: "),
+        (["augment.scale=[0,1]"], "augment.scale: .*no range"),
+        (["optimizer.betas=[0.9,1]"], "optimizer.betas.1: .*less than 1"),
         (["nonsense"], "write key=value"),
         (["global_batch_size.x=1"], "global_batch_size is a value"),
         (["a=[1"], "not a YAML value"),
@@ -97,6 +99,8 @@ def with_json(tmp_path, text):
         ('{"zero_optimization": {"stage": 1}, "train_batch_size": 7}', "train_batch_size: 7 contradicts"),
         ('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}', "wrong results at ZeRO stage 0"),
         ('{"zero_optimization": {"stage": 2}}', "bf16: missing"),
+        ('{"zero_optimization": {"stage": 1}, "bf16": true}', "bf16: must be a section"),
+        ('{"zero_optimization": {"stage": 0}, "data_types": {}}', "data_types: .*stage 0"),
     ],
 )
 def test_what_deepspeed_would_swallow_is_refused(tmp_path, text, message):

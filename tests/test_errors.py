@@ -32,6 +32,8 @@ def train_error(shards, *overrides: str, world: int = 1) -> subprocess.Completed
         ("micro_batch_size=3", ("global_batch_size", "does not divide", "multiple of 6")),
         ("model.image_size=[30,24]", ("image_size", "30", "8")),
         ("loss.class_weights=[1,2]", ("class_weights", "2 values", "19")),
+        ("schedule.warmup_steps=1600", ("warmup_steps", "1600", "lower it")),
+        ("load_from=nowhere.pth", ("load_from", "nowhere.pth", "no such file")),
         ("deepspeed=ds_configs/zero9.json", ("zero9.json", "no such file", "zero1.json")),
         ("resume_from=nowhere", ("resume_from", "nowhere")),
     ],
@@ -55,10 +57,10 @@ def test_validation_with_another_label_set(shards, tmp_path):
         (other / path.name).write_bytes(path.read_bytes())
     index = json.loads((other / "index.json").read_text())
     index["label_set"]["classes"].pop()
-    index["label_set"]["colors"] = index["label_set"].get("colors", [])[:-1]
+    index["label_set"]["num_classes"] = 18
     index["pixel_counts"].pop()
     (other / "index.json").write_text(json.dumps(index))
-    refused(train_error(shards, f"data.val={other}"), str(other))
+    refused(train_error(shards, f"data.val={other}"), str(other), "18 classes", "19", "build both from one set")
 
 
 def test_weights_that_are_none(shards, tmp_path):

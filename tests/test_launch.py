@@ -62,9 +62,12 @@ def test_debug_is_one_process(shards, tmp_path):
     assert "1 x cpu" in output and "workers: 0" in (tmp_path / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(("variables", "word"), [({"mode": "fast"}, "mode"), ({"DEVICES": "two"}, "DEVICES")])
-def test_variables_are_checked(shards, tmp_path, variables, word):
-    process = start(shards, tmp_path, **variables)
+@pytest.mark.parametrize(
+    ("overrides", "variables", "word"),
+    [([], {"mode": "fast"}, "mode"), ([], {"DEVICES": "two"}, "DEVICES"), (["output_dir=x"], {}, "OUTPUT_DIR")],
+)
+def test_variables_are_checked(shards, tmp_path, overrides, variables, word):
+    process = start(shards, tmp_path, *overrides, **variables)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2 and output.startswith("error: ") and word in output
 

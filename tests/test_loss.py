@@ -47,3 +47,6 @@ def test_a_list_of_another_length_is_refused():
     assert class_weights([1.0, 2.0], np.array([1, 1])).tolist() == [1, 2]
     with pytest.raises(TrainError, match="class_weights: 3 values.*2 classes"):
         class_weights([1.0, 2.0, 3.0], np.array([1, 1]))
+    for weights in ([-1.0, 1.0], [0.0, 0.0], [float("nan"), 1.0]):
+        with pytest.raises(TrainError, match="class_weights: must be finite"):
+            class_weights(weights, np.array([1, 1]))

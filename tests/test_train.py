@@ -22,7 +22,11 @@ from train.config import load_config
 from train.loss import PixelLoss, class_weights
 from train.optim import build_optimizer, lr_factor, parameter_groups, set_lr
 
-STEPS = ["schedule.steps=20", "schedule.warmup_steps=5", "optimizer.layer_decay=0.8", "checkpoint.every_steps=20"]
+STEPS = [
+    "schedule.steps=20", "schedule.warmup_steps=5", "optimizer.lr=2e-3", "optimizer.layer_decay=0.8",
+    "checkpoint.every_steps=20", "model.dropout=0.1", "augment.scale=[0.5,2]", "augment.rotate_probability=0.5",
+    "augment.photometric=true",
+]  # fmt: skip
 
 
 def plain_losses(shards: Path, folder: Path) -> dict[int, float]:
@@ -54,14 +58,17 @@ def reference(shards, tmp_path_factory) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro"),
-    [(0, 1, 4), (0, 2, 4), (1, 1, 4), (1, 2, 4), (2, 1, 4), (2, 2, 4), (3, 1, 4), (3, 2, 4), (2, 2, 1), (1, 1, 8)],
-)
-def test_losses_equal_plain_pytorch(shards, tmp_path, reference, stage, processes, micro):
-    """Accumulation is 8 / (processes x micro): 1, 2 or 4. Dropout and augmentation are on."""
+    ("stage", "processes", "micro", "recompute"),
+    [
+        (0, 1, 4, False), (0, 2, 4, True), (1, 1, 4, False), (1, 2, 4, False), (2, 1, 4, False), (2, 2, 4, True),
+        (3, 1, 4, False), (3, 2, 4, True), (2, 2, 1, False), (1, 1, 8, False),
+    ],
+)  # fmt: skip
+def test_losses_equal_plain_pytorch(shards, tmp_path, reference, stage, processes, micro, recompute):
+    """Accumulation is 8 / (processes x micro): 1, 2 or 4. Dropout and all augmentation are on."""
     run = train(
         shards, tmp_path, *STEPS, f"deepspeed=ds_configs/zero{stage}.json", f"micro_batch_size={micro}",
-        processes=processes,
+        f"model.recompute={recompute}", processes=processes,
     )  # fmt: skip
     assert run.code == 0, run.output
     difference = np.abs(np.array(list(run.losses.values())) - reference).max()
@@ -73,10 +80,26 @@ def test_losses_equal_plain_pytorch(shards, tmp_path, reference, stage, processe
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bf16_learns_the_same(shards, tmp_path, reference, stage):
+    run = train(shards, tmp_path, *STEPS, f"deepspeed=ds_configs/zero{stage}.json", "precision=bf16")
+    assert run.code == 0, run.output
+    losses = np.array(list(run.losses.values()))
+    assert 0 < np.abs(losses - reference).max() < 0.05
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_is_not_finite_ends_the_run(shards, tmp_path, stage):
+    run = train(shards, tmp_path, "schedule.steps=9", "optimizer.lr=1e30", f"deepspeed=ds_configs/zero{stage}.json")
+    assert run.code != 0 and "not finite" in run.output and "Traceback" not in run.output
+    assert "not finite" in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 1)])
 def test_killed_run_continues_as_if_it_had_not_been(shards, tmp_path, stage, processes):
     settings = [
-        "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4", "data.workers=1",
+        "model.dropout=0.1", "augment.photometric=true", "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4", "data.workers=1",
         f"deepspeed=ds_configs/zero{stage}.json",
     ]  # fmt: skip
     whole = train(shards, tmp_path / "whole", *settings, processes=processes)

@@ -21,6 +21,7 @@ from model.archs import get_arch
 from train import TrainError, checkpoint, deepspeed_config
 from train.config import Config, load_config
 from train.loss import class_weights
+from train.track import record_error
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
     try:
         run(load_config(args.config, args.overrides), args.check)
     except (TrainError, DataError, ModelError) as error:
+        record_error(str(error))
         rank = os.environ.get("RANK")
         sys.exit(f"error: {error}" if rank is None else f"error: rank {rank}: {error}")
 
@@ -69,6 +71,11 @@ def check(config: Config, train: ShardSet, val: ShardSet | None) -> dict[str, An
         checkpoint.locate(config.resume_from)
     if config.load_from and not config.load_from.is_file():
         raise TrainError(f"load_from: {config.load_from}: no such file")
+    total_steps = config.total_steps(len(train))
+    if config.schedule.warmup_steps >= total_steps:
+        raise TrainError(
+            f"schedule.warmup_steps: {config.schedule.warmup_steps} is not below the run's {total_steps} steps; lower it"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return deepspeed_config.resolve(config, world_size, torch.cuda.is_available())
 

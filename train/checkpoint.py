@@ -49,8 +49,6 @@ def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int) ->
     if dist.get_rank() == 0:
         (unfinished / META).write_text(json.dumps(asdict(state), indent=1))
         _sync(unfinished)
-        if final.exists():  # the same step saved again, after a resume
-            shutil.rmtree(final)
         os.replace(unfinished, final)
         _write_latest(folder, final.name)
         for old in _complete(folder)[:-keep]:
@@ -92,8 +90,10 @@ def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState) -> RunState
     if differing:
         raise TrainError(
             f"{checkpoint}: cannot be resumed: {'; '.join(differing)}; "
-            "restore the setting, or start anew with load_from=model.safetensors and another output_dir"
+            "restore the setting, or start anew in another output_dir"
         )
+    if then.step > now.total_steps:
+        raise TrainError(f"{checkpoint}: stands at step {then.step}, beyond the schedule's {now.total_steps}; lengthen it")
     loaded, _ = engine.load_checkpoint(checkpoint.parent, tag=checkpoint.name)
     if loaded is None:  # DeepSpeed says so and nothing more: the run would start over in silence
         raise TrainError(f"{checkpoint}: DeepSpeed found nothing to load; resume from another checkpoint")

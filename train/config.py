@@ -10,7 +10,7 @@ from data.augment import AugmentConfig
 from model.archs import ARCHS, get_arch
 from train import TrainError
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel, frozen=True, extra="forbid"):
@@ -48,7 +48,7 @@ class ScheduleConfig(_Section):
     epochs: PositiveFloat | None = Field(None, description="length of the run; give this or `steps`")
     steps: PositiveInt | None = Field(None, description="length of the run in optimizer steps")
     warmup_steps: int = Field(400, ge=0)
-    warmup_factor: Fraction = Field(1e-3, description="lr factor of the first warm-up step")
+    warmup_factor: float = Field(1e-3, ge=0, le=1, description="lr factor of the first warm-up step")
 
     @model_validator(mode="after")
     def _one_length(self) -> "ScheduleConfig":

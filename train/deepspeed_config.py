@@ -11,7 +11,7 @@ from train.config import Config
 KNOWN_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type",
-    "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "aio", "checkpoint",
+    "prescale_gradients", "gradient_predivide_factor",
     "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state",
 }  # fmt: skip
 ELSEWHERE = {
@@ -30,6 +30,11 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
     for key in settings:
         if key not in KNOWN_KEYS:
             raise TrainError(f"{path}: {key}: {ELSEWHERE.get(key, 'unknown key; known: ' + ', '.join(sorted(KNOWN_KEYS)))}")
+    for section in ("bf16", "torch_autocast", "data_types"):
+        if not isinstance(settings.get(section, {}), dict):
+            raise TrainError(f'{path}: {section}: must be a section, as {{"enabled": "auto"}}')
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        settings.setdefault(key, "auto")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
     values = {
         "train_batch_size": config.global_batch_size,
@@ -48,10 +53,6 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
             holder[name] = value
         elif holder[name] != value:
             raise TrainError(f'{path}: {key}: {holder[name]} contradicts the experiment, which gives {value}; write "auto"')
-    settings["train_batch_size"] = config.global_batch_size
-    settings["train_micro_batch_size_per_gpu"] = config.micro_batch_size
-    settings["gradient_accumulation_steps"] = values["gradient_accumulation_steps"]
-    settings["gradient_clipping"] = config.optimizer.clip_norm
     _refuse_traps(path, settings, bf16)
     return settings
 
@@ -92,6 +93,8 @@ def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool) -> None:
     if stage(settings) == 0 and half:
         # Initialising the bf16 optimizer at stage 0 runs a real AdamW step before the first batch.
         raise TrainError(f"{path}: bf16: wrong results at ZeRO stage 0; use torch_autocast there, or stage 1")
+    if stage(settings) == 0 and "data_types" in settings:
+        raise TrainError(f"{path}: data_types: DeepSpeed has none of it at ZeRO stage 0; remove it")
     if bf16 and not half and not autocast:
         raise TrainError(f'{path}: bf16: missing, but precision is bf16; add "bf16": {{"enabled": "auto"}}')
 

@@ -15,8 +15,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
+from pydantic import ValidationError
 
 from model.segmenter import Segmenter
+from train import TrainError
 from train.config import Config
 from train.optim import build_optimizer, parameter_groups
 
@@ -66,11 +68,10 @@ def join_job() -> Job:
 
 def _leave_with_the_launcher() -> None:
     """End this process within a second of its launcher's: `deepspeed` that gets a SIGTERM leaves its ranks running."""
-    ancestors = psutil.Process().parents()[:2]
-    launchers = [p for p in ancestors if any("deepspeed" in os.path.basename(a) or "deepspeed.launcher" in a for a in p.cmdline()[:5])]
+    launchers = [process for process in psutil.Process().parents()[:2] if _is_launcher(process)]
 
     def watch() -> None:
-        while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+        while all(map(_is_launcher, launchers)):
             time.sleep(1)
         os._exit(143)
 
@@ -78,14 +79,29 @@ def _leave_with_the_launcher() -> None:
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
+def _is_launcher(process: psutil.Process) -> bool:
+    """Whether it is alive and one of DeepSpeed's: another parent may well end before its training does."""
+    try:
+        command = process.cmdline()  # empty for a zombie
+        return process.is_running() and any(
+            os.path.basename(part) == "deepspeed" or part.startswith("deepspeed.launcher.") for part in command[:5]
+        )
+    except psutil.Error:
+        return False
+
+
 def build_engine(model: Segmenter, config: Config, settings: dict, job: Job) -> DeepSpeedEngine:
     """The engine of a resolved DeepSpeed dict. The model is whole on every rank beforehand.
 
     `zero.Init` around a timm model would silently change its initialisation, so the model is built plainly, on the CPU,
-    and DeepSpeed partitions it from there.
+    and DeepSpeed partitions it from there. Raises TrainError for a key that DeepSpeed does not know.
     """
     optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, job.on_gpu)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise TrainError(f"{config.deepspeed}: DeepSpeed refuses {found}") from None
     return engine
 
 

@@ -1,6 +1,6 @@
 """Scores on a validation split, at each mask's own resolution.
 
-python -m train.evaluate --weights outputs/demo/model.safetensors --data outputs/demo/shards/val
+python -m train.evaluate --weights outputs/demo/run/model.safetensors --data outputs/demo/shards/val
 """
 
 import argparse
@@ -15,12 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DataError
+from data.labels import LabelSet
 from data.loader import ValidationExamples, decode, validation_batches
 from data.order import validation_positions
 from data.pictures import contact_sheet, save_png
 from data.shards import ShardSet
 from model import ModelError
 from model.weights import load_segmenter
+from train.loss import check_labels
 from train.metrics import ConfusionMatrix, Scores
 
 Rows = list[list[np.ndarray]]
@@ -50,6 +52,7 @@ def evaluate(
     indices = iter(validation_positions(len(shards), rank, world_size))
     rows: Rows = []
     for batch in validation_batches(ValidationExamples(shards, image_size), batch_size, rank, world_size, workers):
+        check_labels(batch.pixel_counts, label_set)
         logits = forward(batch.images.to(device))
         for image_logits, label in zip(logits, batch.labels, strict=True):
             # One image at a time: full-size logits of a whole batch of photos would not fit.
@@ -82,16 +85,19 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="model.safetensors of a training run")
     parser.add_argument("--data", type=Path, required=True, help="shard folder of one split")
     parser.add_argument("--output", type=Path, help="contact sheet PNG (default: beside the weights)")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, choices=range(1, 1025), default=4, metavar="N")
+    parser.add_argument("--workers", type=int, choices=range(257), default=2, metavar="N")
     parser.add_argument("--pictures", type=int, default=8, help="examples on the contact sheet")
     args = parser.parse_args()
     shards = ShardSet.open(args.data)
-    model, _ = load_segmenter(args.weights)
-    if model.num_classes != shards.label_set.num_classes:
+    model, metadata = load_segmenter(args.weights)
+    if "label_set" not in metadata:
+        raise ModelError(f"{args.weights}: its metadata lacks label_set; give a .safetensors that training wrote")
+    learnt, given = LabelSet.from_dict(metadata["label_set"]), shards.label_set
+    if learnt.classes != given.classes:
         raise ModelError(
-            f"{args.weights}: num_classes: the model has {model.num_classes}, the label set "
-            f"{shards.label_set.name} of {args.data} has {shards.label_set.num_classes}; name matching shards"
+            f"{args.weights}: label_set: learnt the {learnt.num_classes} classes of {learnt.name}, but {args.data} has "
+            f"the {given.num_classes} of {given.name}, by other names or in another order; name matching shards"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -105,5 +111,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, OSError) as error:
         sys.exit(f"error: {error}")

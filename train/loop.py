@@ -27,7 +27,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], loss: PixelL
     the first backward pass. The factor undoes DeepSpeed's own mean over ranks and micro batches.
     """
     (weight,) = job.sum(sum(loss.weight_of(batch.pixel_counts) for batch in micro_batches))
-    factor = job.world_size * len(micro_batches) / max(weight, 1.0)
+    factor = job.world_size * len(micro_batches) / (weight or 1.0)
     total = torch.zeros((), device=job.device)
     for batch in micro_batches:
         logits = engine(batch.images.to(job.device, non_blocking=True), batch.seeds)  # (B, C, h, w)
@@ -35,7 +35,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], loss: PixelL
         engine.backward(loss_sum * factor)
         engine.step()
         total += loss_sum.detach()
-    return job.sum(total.item())[0] / max(weight, 1.0)
+    return job.sum(total.item())[0] / (weight or 1.0)
 
 
 def fit(
@@ -60,12 +60,14 @@ def fit(
         factor = lr_factor(step, state.total_steps, config.schedule)
         set_lr(engine.optimizer, config.optimizer.lr, factor)
         value = train_step(engine, micro_batches, loss, job)
-        if not math.isfinite(value):
-            keys = ", ".join(key for batch in micro_batches for key in batch.keys)
-            raise TrainError(f"step {step}: loss is {value} (this rank's samples: {keys}); lower optimizer.lr")
+        norm = engine.get_global_grad_norm()  # before clipping; None at stage 0
+        _refuse_non_finite(step, value, norm, engine.skipped_steps, micro_batches)
         done = step + 1
+        if tracker:
+            tracker.bar.update()
         if tracker and (done % config.log_every == 0 or done == state.total_steps):
-            tracker.train(step, {"loss": value, "lr": config.optimizer.lr * factor, **_gradient_norm(engine)})
+            values = {"loss": value, "lr": config.optimizer.lr * factor}
+            tracker.train(step, values if norm is None else values | {"gradient_norm": float(norm)})
         if val and config.evaluate.every_steps and done % config.evaluate.every_steps == 0 and done < state.total_steps:
             _validate(engine, config, val, done, tracker, job)
         if done % config.checkpoint.every_steps == 0 or done == state.total_steps:
@@ -81,9 +83,15 @@ def fit(
             log.info("contact sheet  %s", _sheet_path(config, state.total_steps))
 
 
-def _gradient_norm(engine: DeepSpeedEngine) -> dict[str, float]:
-    norm = engine.get_global_grad_norm()  # before clipping; None at stage 0 in fp32
-    return {} if norm is None else {"gradient_norm": float(norm)}
+def _refuse_non_finite(step: int, loss: float, norm: float | None, skipped: int, batches: list[Batch]) -> None:
+    """Raises TrainError. DeepSpeed passes over a step with such gradients in silence, and at stage 0 it takes it."""
+    if math.isfinite(loss) and (norm is None or math.isfinite(norm)) and not skipped:
+        return
+    keys = ", ".join(key for batch in batches for key in batch.keys)
+    raise TrainError(
+        f"step {step}: loss {loss}, gradient norm {norm}: not finite (this rank's samples: {keys}); lower optimizer.lr, "
+        "then start again to continue from the last checkpoint"
+    )
 
 
 def _validate(
@@ -114,6 +122,9 @@ def _sheet_path(config: Config, step: int) -> Path:
 
 
 def _save(engine: DeepSpeedEngine, config: Config, state: RunState, job: Job) -> None:
+    if state.zero_stage == 0 and not all(p.isfinite().all() for p in engine.module.parameters()):
+        # Stage 0 tells no gradient norm, and a checkpoint of such weights would end every later start.
+        raise TrainError(f"step {state.step}: weights are not finite; lower optimizer.lr, then start again")
     path = checkpoint.save(engine, config.output_dir / "checkpoints", state, config.checkpoint.keep)
     if job.is_main:
         log.info("step %d  checkpoint %s", state.step, path)

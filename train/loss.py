@@ -30,7 +30,23 @@ def class_weights(setting: str | list[float], pixel_counts: np.ndarray) -> torch
         raise TrainError(
             f"loss.class_weights: {len(setting)} values, but the shards' label set has {len(pixel_counts)} classes"
         )
+    if not all(np.isfinite(setting)) or min(setting) < 0 or max(setting) == 0:
+        raise TrainError("loss.class_weights: must be finite, none below 0, and not all 0")
     return torch.tensor(setting, dtype=torch.float32)
+
+
+def check_labels(pixel_counts: torch.Tensor, label_set: LabelSet) -> None:
+    """Raises DataError when a label is neither a class nor ignored: on a GPU the loss would abort the process.
+
+    pixel_counts: int64 (B, 256), the pixels of each label value.
+    """
+    counts, classes = pixel_counts.sum(0), label_set.num_classes
+    strange = [value for value in range(classes, 256) if value != label_set.ignore_index and counts[value]]
+    if strange:
+        raise DataError(
+            f"a mask holds the labels {strange}, but label set {label_set.name} has the classes 0..{classes - 1} and "
+            f"ignores {label_set.ignore_index}; build the shards again"
+        )
 
 
 class PixelLoss:
@@ -42,17 +58,11 @@ class PixelLoss:
     def weight_of(self, pixel_counts: torch.Tensor) -> float:
         """The summed weight of all valid pixels, from label value counts int64 (B, 256), in double precision.
 
-        Raises DataError when a label is neither a class nor ignored: on a GPU the loss would abort the process.
+        Raises DataError for labels that are none.
         """
-        counts = pixel_counts.sum(0)
-        classes = self.label_set.num_classes
-        strange = [v for v in range(classes, 256) if v != self.label_set.ignore_index and counts[v]]
-        if strange:
-            raise DataError(
-                f"a mask holds the labels {strange}, but label set {self.label_set.name} has the classes 0..{classes - 1}"
-                f" and ignores {self.label_set.ignore_index}; build the shards again"
-            )
-        return float((counts[:classes].double() * self.weights.double()).sum())
+        check_labels(pixel_counts, self.label_set)
+        counts = pixel_counts.sum(0)[: self.label_set.num_classes]
+        return float((counts.double() * self.weights.double()).sum())
 
     def sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Summed weighted cross-entropy in fp32, a scalar.

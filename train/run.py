@@ -11,7 +11,7 @@ import yaml
 from data.shards import ShardSet
 from model.segmenter import Segmenter, build_segmenter
 from model.weights import load_weights
-from train import checkpoint, deepspeed_config
+from train import TrainError, checkpoint, deepspeed_config
 from train.checkpoint import RunState
 from train.config import Config
 from train.engine import Job, build_engine, join_job
@@ -23,7 +23,10 @@ from train.track import log, start_logging
 def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardSet | None) -> None:
     """Join the job and train to the end, with the resolved DeepSpeed `settings`. Every process of the job must call it."""
     job = join_job()
-    start_logging(config.output_dir, job.rank)
+    try:
+        start_logging(config.output_dir, job.rank)
+    except OSError as error:
+        raise TrainError(f"output_dir: {config.output_dir} cannot be written: {error.strerror}; choose another") from None
     torch.manual_seed(config.seed)  # the same fresh weights on every rank
     model = _build_model(config, train)
     resume = _resume_point(config)
@@ -38,6 +41,8 @@ def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardS
     if resume:
         state = checkpoint.load(engine, resume, state)
         log.info("resumed at step %d from %s", state.step, resume)
+        if config.load_from:
+            log.info("load_from is passed over: the checkpoint has the weights")
     if job.is_main:
         (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         log.info("%s", _headline(config, train, val, settings, state, job))

@@ -33,6 +33,13 @@ def start_logging(output_dir: Path, rank: int) -> None:
     sys.excepthook = crashed
 
 
+def record_error(text: str) -> None:
+    """Put a run's last words into its log.txt; the caller prints them."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "error: %s", (text,), None))
+
+
 class _Console(logging.Handler):
     """Prints above a live progress bar instead of through it."""
 
@@ -64,7 +71,6 @@ class Tracker:
         eta = _clock((self.total_steps - step - 1) / rate)
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(step + 1 - self.bar.n)
         log.info("step %d/%d  %s  ETA %s", step + 1, self.total_steps, text, eta, extra={"on_bar": True})
         self._record(step, {f"train/{key}": value for key, value in values.items()})
 
