@@ -16,7 +16,8 @@ from tests.conftest import ROOT, SMALL, python, wait_for_step
 def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUTPUT_DIR": str(folder), **variables}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
-    command = ["launch/node.sh", *SMALL, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
+    small = [override for override in SMALL if not override.startswith("micro_batch_size")]  # the variable's
+    command = ["launch/node.sh", *small, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

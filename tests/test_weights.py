@@ -141,7 +141,7 @@ def test_a_deeper_backbone_is_refused(tmp_path):
 
 
 def test_a_head_of_another_shape_or_half_a_head_is_refused(tmp_path):
-    path, key = tmp_path / "head.safetensors", "decode_head.conv_layers.3.weight"
+    path, key = tmp_path / "head.safetensors", "decode_head.deconv_layers.3.weight"
     state = build_tiny().state_dict()
     save_file(state | {key: torch.zeros(32, 64, 1, 1)}, path)
     refused(load_weights, build_tiny(), path, match=rf"{key} has shape \(32, 64, 1, 1\)")
