@@ -40,7 +40,7 @@ class Backbone(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
         self.patch_embed.proj = nn.Conv2d(3, arch.embed_dim, patch, stride=patch, padding=patch_padding)
-        with torch.no_grad():  # as MAE starts: from noise, a short training takes long to tell left from right
+        with torch.no_grad():  # as MAE starts: a short training from scratch need not learn the grid first
             self.pos_embed.copy_(build_sincos2d_pos_embed(self.grid, arch.embed_dim, device=self.pos_embed.device)[None])
 
     @property
