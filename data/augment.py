@@ -1,165 +1,201 @@
-"""From a decoded pair to the network's input size: the training augmentation and the validation resize.
+"""What is drawn for one training example: its view, a few numbers. `data.render` makes pixels of them.
 
-The training recipe of Sapiens (resize by a random ratio, crop, resize to the input, rotate, flip with label swap,
-photometric distortion) is drawn first and composed into one affine matrix: image and mask are warped once, together.
+The recipe is that of Sapiens: resize by a random ratio, crop, resize to the input, rotate, flip with label swap,
+distort the colours. Drawing needs the mask alone, so that a large JPEG can be decoded as small as its view allows.
 """
 
-import cv2
+from dataclasses import dataclass
+from math import isqrt
+from typing import NamedTuple
+
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
 CROP_TRIES = 10
-IMAGE_FILL = (124, 116, 104)  # the normalisation mean: nothing once normalised
+THUMBNAIL = 64  # pixels along a side: a class's share of a crop is seen well enough in so few
+MIN_UNITS = 16  # along the shorter side: the grid of `View.unit` must stay fine beside the image
+LARGEST_SHRINK = 8  # that JPEG offers
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid"):
-    """The training augmentation; the defaults are those of the Sapiens face recipe."""
+    """The training augmentation; the defaults are those of the Sapiens face recipe, but that shapes are kept."""
 
     scale: tuple[float, float] = Field((0.2, 2.0), description="range of the resize ratio around the input size")
     max_class_share: float = Field(0.75, gt=0, le=1, description="a crop holds at most this share of one class")
+    keep_aspect: bool = Field(True, description="false: stretch what is smaller than the input to it, as Sapiens does")
     rotate_probability: float = Field(0.5, ge=0, le=1)
     rotate_degrees: float = Field(45.0, ge=0, le=180, description="rotation is uniform in +- this")
     flip_probability: float = Field(0.5, ge=0, le=1, description="left/right flip, labels swapped by the flip pairs")
     photometric: bool = Field(True, description="brightness, contrast, saturation and hue, each with p = 0.5")
+    blur_probability: float = Field(0.0, ge=0, le=1)
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="range, in pixels of the input")
+    noise_probability: float = Field(0.0, ge=0, le=1)
+    noise_sigma: tuple[float, float] = Field((1.0, 12.0), description="range, in gray levels")
+    background_probability: float = Field(0.0, ge=0, le=1, description="a colour or clouds instead of the background")
+    background_class: int = Field(0, ge=0, le=254, description="the id of the class that is the background")
+    faithful: bool = Field(False, description="render step by step, as Sapiens does: slower, for comparisons")
 
-    @field_validator("scale")
+    @field_validator("scale", "blur_sigma", "noise_sigma")
     @classmethod
-    def _a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"{list(scale)} is no range of ratios; write [low, high] with 0 < low <= high")
-        return scale
+    def _a_range(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < pair[0] <= pair[1] < np.inf:
+            raise ValueError(f"{list(pair)} is no range; write [low, high] with 0 < low <= high")
+        return pair
 
 
-def augment(
-    image: np.ndarray,
-    label: np.ndarray,
-    size: tuple[int, int],
-    config: AugmentConfig,
-    flip_table: np.ndarray,
-    ignore_index: int,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One random view of a training pair.
+class Box(NamedTuple):
+    """A rectangle of whole pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """These pixels of an array (h, w, ...): no copy."""
+        return array[self.y : self.y + self.height, self.x : self.x + self.width]
+
+
+@dataclass(frozen=True)
+class Colour:
+    """A photometric distortion: brightness, then contrast and (saturation, hue) in either order."""
+
+    brightness: float = 0.0  # added, in gray levels
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: int = 0  # added, in OpenCV's units: 180 are a full turn
+    contrast_first: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """All that is random about one example.
+
+    `box` of the source is seen at the resolution `seen`, enlarged to `place` in the output, which is then rotated about
+    its centre and mirrored. What the box does not reach is filled.
+    """
+
+    size: tuple[int, int]  # (H, W) of the output
+    box: Box  # in the source; multiples of `unit`
+    unit: int  # a power of two: so many source pixels across make one pixel of `seen` or less
+    seen: tuple[int, int]  # (width, height): a small ratio loses detail even where the result is enlarged again
+    place: Box  # in the output, before rotation and flip
+    degrees: float  # clockwise
+    flipped: bool
+    colour: Colour
+    background: tuple[int, int] | None  # (class to replace, cells along a side of the coarse random texture)
+    blur: float  # standard deviation in output pixels; 0: none
+    noise: float  # standard deviation in gray levels; 0: none
+    seed: int  # of the pixels of texture and noise
+    faithful: bool
+
+    @property
+    def shrink(self) -> int:
+        """1, 2, 4 or 8: the image may be decoded at 1/shrink of the mask's size, its details would be lost anyhow."""
+        return 1 if self.faithful else min(self.unit, LARGEST_SHRINK)
+
+
+def draw_view(
+    label: np.ndarray, size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator, ignore_index: int = 255
+) -> View:
+    """Draws a view of an example.
 
     Args:
-        image: RGB uint8 (h, w, 3).  label: class ids uint8 (h, w).
-        size: (H, W) of the result.
-        flip_table: uint8 (256,), the class of each class in a mirrored image.
-    Returns:
-        RGB uint8 (H, W, 3) and uint8 (H, W). What lies outside the source is `IMAGE_FILL` and `ignore_index`.
+        label: its mask, uint8 (h, w); a crop is judged by the classes in it.
+        size: (H, W) of the output.
+        ignore_index: the label that is no class.
     """
-    ratio = _resize_ratio(label.shape, size, rng.uniform(*config.scale))
-    crop = _draw_crop(label, ratio, size, config.max_class_share, rng)
-    rotated = rng.random() < config.rotate_probability
-    degrees = rng.uniform(-config.rotate_degrees, config.rotate_degrees) if rotated else 0.0
-    flipped = rng.random() < config.flip_probability
-
-    to_output = _output_matrix(crop, size, degrees, flipped)  # from the resized image
-    label = flip_table[label] if flipped else label
-    label = _warp(label, to_output @ np.diag([ratio, ratio, 1.0]), size, cv2.INTER_NEAREST, ignore_index)
-    if ratio < 1:  # shrink by areas first: warpAffine alone would alias
-        height, width = image.shape[:2]
-        small = max(1, round(width * ratio)), max(1, round(height * ratio))
-        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
-        to_output = to_output @ np.diag([width * ratio / small[0], height * ratio / small[1], 1.0])
-    else:
-        to_output = to_output @ np.diag([ratio, ratio, 1.0])
-    image = _warp(image, to_output, size, cv2.INTER_LINEAR, IMAGE_FILL)
-    if config.photometric:
-        image = distort_colours(image, rng)
-    return image, label
-
-
-def resize_for_validation(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 (h, w, 3) -> (H, W, 3), bilinear, the aspect ratio not kept (as the original evaluates)."""
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    height, width = label.shape
+    ratio = rng.uniform(*config.scale) * min(max(size) / max(label.shape), min(size) / min(label.shape))
+    crop = min(size[1], width * ratio), min(size[0], height * ratio)  # in pixels of the resized image
+    unit = _unit(ratio, label.shape)
+    box = _draw_box(label, crop, ratio, unit, config.max_class_share, ignore_index, rng)
+    place = _draw_place(crop, size, rng) if config.keep_aspect else Box(0, 0, size[1], size[0])
+    return View(
+        size=size,
+        box=box,
+        unit=unit,
+        seen=(max(1, round(crop[0])), max(1, round(crop[1]))),
+        place=place,
+        degrees=rng.uniform(-1, 1) * config.rotate_degrees if rng.random() < config.rotate_probability else 0.0,
+        flipped=bool(rng.random() < config.flip_probability),
+        colour=_draw_colour(rng) if config.photometric else Colour(),
+        background=_draw_background(config, rng),
+        blur=rng.uniform(*config.blur_sigma) if rng.random() < config.blur_probability else 0.0,
+        noise=rng.uniform(*config.noise_sigma) if rng.random() < config.noise_probability else 0.0,
+        seed=int(rng.integers(2**63)),
+        faithful=config.faithful,
+    )
 
 
-def _resize_ratio(shape: tuple[int, int], size: tuple[int, int], scale: float) -> float:
-    """The factor that fits the image into `scale` times the input size, long edge to long edge."""
-    return scale * min(max(size) / max(shape), min(size) / min(shape))
+def _unit(ratio: float, shape: tuple[int, int]) -> int:
+    """The largest power of two that, as a shrink, leaves all the detail of a resize by `ratio`."""
+    unit = 1
+    while ratio * unit * 2 <= 1 and min(shape) >= unit * 2 * MIN_UNITS:
+        unit *= 2
+    return unit
 
 
-def _draw_crop(
-    label: np.ndarray, ratio: float, size: tuple[int, int], max_class_share: float, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """(x, y, width, height) in pixels of the resized image: no larger than the input size nor than that image."""
-    resized_height, resized_width = label.shape[0] * ratio, label.shape[1] * ratio
-    height, width = min(size[0], resized_height), min(size[1], resized_width)
-    for _ in range(CROP_TRIES if max_class_share < 1 else 1):
-        x, y = rng.uniform(0, resized_width - width), rng.uniform(0, resized_height - height)
-        rows = slice(int(y / ratio), max(int(y / ratio) + 1, int((y + height) / ratio)))
-        columns = slice(int(x / ratio), max(int(x / ratio) + 1, int((x + width) / ratio)))
-        stride = max(1, min(label.shape) // 128)  # a share needs no full resolution
-        counts = np.bincount(label[rows, columns][::stride, ::stride].ravel(), minlength=256)[:255]
-        if np.count_nonzero(counts) > 1 and counts.max() < max_class_share * counts.sum():
+def _draw_box(
+    label: np.ndarray,
+    crop: tuple[float, float],
+    ratio: float,
+    unit: int,
+    max_class_share: float,
+    ignore_index: int,
+    rng: np.random.Generator,
+) -> Box:
+    """A crop as a box in the source, on a grid of `unit` pixels: the first in which no class has too large a share."""
+    wide, high = label.shape[1] // unit, label.shape[0] // unit
+    width, height = (
+        min(most, max(1, round(length / (ratio * unit)))) for most, length in zip((wide, high), crop, strict=True)
+    )
+
+    def draw() -> Box:
+        x, y = rng.integers(wide - width + 1), rng.integers(high - height + 1)
+        return Box(int(x) * unit, int(y) * unit, width * unit, height * unit)
+
+    box = draw()
+    if max_class_share == 1 or (width, height) == (wide, high):
+        return box
+    step = max(1, min(isqrt(label.size) // THUMBNAIL, *label.shape))
+    thumbnail = label[step // 2 :: step, step // 2 :: step]
+    for _ in range(CROP_TRIES):
+        if _is_mixed(thumbnail, box, step, max_class_share, ignore_index):
             break
-    return x, y, width, height
+        box = draw()
+    return box
 
 
-def _output_matrix(
-    crop: tuple[float, float, float, float], size: tuple[int, int], degrees: float, flipped: bool
-) -> np.ndarray:
-    """(3, 3) from the resized image to the output, both in continuous coordinates (a pixel's centre is at +0.5)."""
-    x, y, crop_width, crop_height = crop
-    height, width = size
-    zoom_x, zoom_y = width / crop_width, height / crop_height
-    crop_to_output = np.array([[zoom_x, 0, -x * zoom_x], [0, zoom_y, -y * zoom_y], [0, 0, 1]])
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    centre_x, centre_y = width / 2, height / 2
-    rotate = np.array(
-        [
-            [cos, -sin, centre_x - cos * centre_x + sin * centre_y],
-            [sin, cos, centre_y - sin * centre_x - cos * centre_y],
-            [0, 0, 1],
-        ]
-    )  # clockwise on screen for positive degrees
-    mirror = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]]) if flipped else np.eye(3)
-    return mirror @ rotate @ crop_to_output
+def _is_mixed(thumbnail: np.ndarray, box: Box, step: int, max_class_share: float, ignore_index: int) -> bool:
+    """Whether the box holds two classes or more, none of them with more than its share of the pixels."""
+    rows = slice(box.y // step, -(-(box.y + box.height) // step))
+    columns = slice(box.x // step, -(-(box.x + box.width) // step))
+    counts = np.bincount(thumbnail[rows, columns].ravel(), minlength=256)
+    counts[ignore_index] = 0
+    return np.count_nonzero(counts) > 1 and counts.max() < max_class_share * counts.sum()
 
 
-def _warp(source: np.ndarray, matrix: np.ndarray, size: tuple[int, int], interpolation: int, fill) -> np.ndarray:
-    """cv2.warpAffine by a matrix in continuous coordinates; OpenCV's have the pixel centres at integers."""
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    matrix = (np.linalg.inv(half) @ matrix @ half)[:2]
-    height, width = size
-    if interpolation == cv2.INTER_NEAREST:
-        return cv2.warpAffine(source, matrix, (width, height), flags=interpolation, borderValue=fill)
-    # A constant border would bleed into the outermost pixels: replicate, then fill what lies outside.
-    out = cv2.warpAffine(source, matrix, (width, height), flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
-    if matrix[0, 1]:
-        inside = cv2.warpAffine(np.ones(source.shape[:2], np.uint8), matrix, (width, height), flags=cv2.INTER_NEAREST)
-        out[inside == 0] = fill
-    return out
+def _draw_place(crop: tuple[float, float], size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """The crop, enlarged by one factor until it reaches two borders of the output."""
+    zoom = min(size[1] / crop[0], size[0] / crop[1])
+    width, height = max(1, round(crop[0] * zoom)), max(1, round(crop[1] * zoom))
+    x, y = rng.integers(size[1] - width + 1), rng.integers(size[0] - height + 1)
+    return Box(int(x), int(y), width, height)
 
 
-def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion of an RGB uint8 image: brightness +-32, contrast and saturation 0.5-1.5, hue +-18."""
-    if rng.random() < 0.5:
-        image = scale_and_shift(image, 1.0, rng.uniform(-32, 32))
-    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-    contrast_first = rng.random() < 0.5
-    if contrast_first:
-        image = scale_and_shift(image, contrast, 0.0)
-    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-    hue = int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
-    image = adjust_hue_saturation(image, hue, saturation)
-    return image if contrast_first else scale_and_shift(image, contrast, 0.0)
+def _draw_colour(rng: np.random.Generator) -> Colour:
+    brightness, contrast, saturation, hue = rng.random(4) < 0.5
+    return Colour(
+        brightness=rng.uniform(-32, 32) if brightness else 0.0,
+        contrast=rng.uniform(0.5, 1.5) if contrast else 1.0,
+        saturation=rng.uniform(0.5, 1.5) if saturation else 1.0,
+        hue=int(rng.integers(-18, 18)) if hue else 0,
+        contrast_first=bool(rng.random() < 0.5),
+    )
 
 
-def scale_and_shift(image: np.ndarray, factor: float, shift: float) -> np.ndarray:
-    """uint8 image * factor + shift, clipped to 0..255 and truncated."""
-    if factor == 1.0 and shift == 0.0:
-        return image
-    return cv2.LUT(image, np.clip(np.arange(256, dtype=np.float32) * factor + shift, 0, 255).astype(np.uint8))
-
-
-def adjust_hue_saturation(image: np.ndarray, hue: int, saturation: float) -> np.ndarray:
-    """RGB uint8; hue is a shift in OpenCV's units (180 a full turn), saturation a factor."""
-    if hue == 0 and saturation == 1.0:
-        return image
-    table = np.empty((256, 1, 3), np.uint8)
-    table[:, 0, 0] = (np.arange(256) + hue) % 180
-    table[:, 0, 1] = np.clip(np.arange(256, dtype=np.float32) * saturation, 0, 255)
-    table[:, 0, 2] = np.arange(256)
-    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table), cv2.COLOR_HSV2RGB)
+def _draw_background(config: AugmentConfig, rng: np.random.Generator) -> tuple[int, int] | None:
+    if rng.random() >= config.background_probability:
+        return None
+    return config.background_class, int(rng.choice([1, 2, 4, 8, 16, 32]))

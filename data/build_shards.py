@@ -2,8 +2,9 @@
 
     python -m data.build_shards --dataset facesynthetics --root dataset_100000 --out shards/face
 
-Every example is decoded and checked first; what is wrong is listed by file name, and by default nothing is built then.
-The same input gives the same bytes, with any number of workers.
+Every example is decoded and checked; what is wrong is listed by file name, and by default no index is written then. A
+build that was stopped goes on when the same command is given again. The same input gives the same bytes, whatever the
+workers, the interruptions and the parts.
 """
 
 import argparse
@@ -15,30 +16,23 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data import DataError
 from data.labels import LabelSet, load_label_set
-from data.parallel import map_in_order
-from data.prepare import KINDS, Problem, prepare
-from data.shards import write_split
-from data.sources import SOURCES, RawExample
-from data.tars import PackedSample
+from data.mapping import load_label_map
+from data.packing import PROGRESS, Split, finish, pack
+from data.prepare import KINDS, NOTES, Problem, Rules
+from data.shards import INDEX, Index
+from data.sources import SOURCES, Pairs, RawExample
 
 REPORT = "build_report.json"
 NAMES_SHOWN = 5
+VAL_FRACTION = 0.1
 NEXT = "python -m train --config train/configs/demo.yaml"
-
-
-class _Refused(DataError):
-    """The build ends without shards because of problems in the raw data."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,43 +47,62 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was built", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 
 
 def build(args: argparse.Namespace) -> None:
-    """Builds both splits or none, writes OUT/build_report.json, and prints what came of it.
+    """Makes the shards of both splits (or of one part of them), then their indices, and prints what came of it.
 
     Raises:
-        DataError: bad arguments, no examples, shards that are already there, or refused problems.
+        DataError: bad arguments, no examples, a finished build in OUT, or refused problems.
     """
     start = time.perf_counter()
-    source = SOURCES[args.dataset]
-    label_set = load_label_set(args.label_set or source.label_set)
-    for name in ("train", "val"):
-        if (args.out / name).exists():
-            raise DataError(f"{args.out / name}: already built; delete {args.out} or choose another --out")
-    examples = source.list_examples(args.root)[: args.limit]
-    parts = split(examples, args.val_fraction)
-    problems: list[Problem] = []
-    splits: dict[str, dict] = {}
-    try:
-        splits = _write_splits(parts, label_set, args, problems)
-    finally:
-        if splits or problems:
-            _write_report(args, len(examples), splits, problems)
-            _print_problems(problems, args.out / REPORT)
-    _print_summary(splits, label_set, args, time.perf_counter() - start)
+    if args.out.exists() and not args.out.is_dir():
+        raise DataError(f"{args.out}: is a file; name a folder with --out")
+    if any((args.out / name / INDEX).exists() for name in ("train", "val")) and not (args.out / PROGRESS).exists():
+        raise DataError(f"{args.out}: already built; delete it or choose another --out")
+    rules = _rules(args)
+    for warning in rules.target.warnings():
+        print(f"warning: {warning}")
+    examples = _source(args).examples(args.root)[: args.limit]
+    parts = split_examples(examples, args.val_fraction)
+    splits = [Split(name, args.out, part, rules, args.samples_per_shard) for name, part in parts.items()]
+    number, parts_count = args.part
+    shards = [shard for split in splits for shard in split.shards][number - 1 :: parts_count]
+    problems = pack(shards, args.workers, skip=args.on_error == "skip")
+    refused = problems and args.on_error == "refuse"
+    indices, notes = {}, Counter()
+    if parts_count == 1 and not refused:
+        for split in splits:
+            indices[split.name], found = finish(split)
+            notes += found
+        shutil.rmtree(args.out / PROGRESS)
+    if parts_count == 1:
+        _write_report(args, len(examples), indices, problems, notes)
+    _print_findings(problems, notes, args.out / REPORT)
+    if refused:
+        raise DataError(
+            f"{args.root}: {len(problems)} of {sum(len(shard.examples) for shard in shards)} examples have problems, no "
+            "index was written; repair or delete them and run again, or build without them: --on-error skip"
+        )
+    if parts_count > 1:
+        print(f"part {number}/{parts_count}: {len(shards)} shards are made; once all parts are, the same without --part ends it")
+        return
+    _print_summary(indices, rules.target, args, time.perf_counter() - start)
 
 
-def split(examples: list[RawExample], val_fraction: float) -> dict[str, list[RawExample]]:
-    """Train and val examples in their given order; no "val" where its share rounds to nothing, train is never empty.
+def split_examples(examples: list[RawExample], val_fraction: float | None) -> dict[str, list[RawExample]]:
+    """Train and val examples in their given order; a split without any is left out, train is never empty.
 
-    The examples whose keys have the smallest hashes validate, so that adding examples to a set leaves nearly all of
-    the others where they were.
+    Without `val_fraction` the data set's own split holds, where it has one. Else the examples whose keys have the smallest
+    hashes validate, so that adding examples to a set leaves nearly all of the others where they were.
     """
-    count = min(round(len(examples) * val_fraction), len(examples) - 1)
+    if val_fraction is None and all(example.split for example in examples):
+        chosen = {name: [e for e in examples if e.split == name] for name in ("train", "val")}
+        return {name: part for name, part in chosen.items() if part}
+    count = min(round(len(examples) * (VAL_FRACTION if val_fraction is None else val_fraction)), len(examples) - 1)
     by_hash = sorted(examples, key=lambda example: hashlib.sha256(example.key.encode()).digest())
     val_keys = {example.key for example in by_hash[:count]}
     parts = {
@@ -99,64 +112,49 @@ def split(examples: list[RawExample], val_fraction: float) -> dict[str, list[Raw
     return {name: part for name, part in parts.items() if part}
 
 
-def _write_splits(
-    parts: dict[str, list[RawExample]], label_set: LabelSet, args: argparse.Namespace, problems: list[Problem]
-) -> dict[str, dict]:
-    """Writes every part and only then moves them to their places; returns their indices, fills `problems`."""
-    refuse = args.on_error == "refuse"
-    splits = {}
-    with _staging(args.out) as stage:
-        for name, part in parts.items():
-            results = map_in_order(partial(prepare, label_set=label_set), part, args.workers)
-            results = tqdm(results, desc=name, total=len(part), unit="image", disable=None)
-            with suppress(_Refused):
-                splits[name] = write_split(
-                    _sound(results, problems, refuse), stage / name, label_set, args.samples_per_shard
-                )
-        if refuse and problems:
-            total = sum(len(part) for part in parts.values())
-            raise _Refused(
-                f"{args.root}: {len(problems)} of {total} examples have problems, nothing was built; "
-                "repair or delete them, or build without them: --on-error skip"
-            )
-        for name in reversed(splits):  # train last: where it is, val is
-            os.replace(stage / name, args.out / name)
-    return splits
+def _source(args: argparse.Namespace):
+    source = SOURCES[args.dataset]
+    options = {"images": args.images, "masks": args.masks, "mask_suffix": args.mask_suffix}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and source is not Pairs:
+        raise DataError(f"--{next(iter(given)).replace('_', '-')}: belongs to --dataset pairs, not to {args.dataset}")
+    return source(**given)
 
 
-def _sound(results: Iterable[PackedSample | Problem], problems: list[Problem], refuse: bool) -> Iterator[PackedSample]:
-    """The samples; problems go to their list. To refuse, all results are still looked at, for the whole list."""
-    for result in results:
-        if isinstance(result, Problem):
-            problems.append(result)
-        elif not (refuse and problems):
-            yield result
-    if refuse and problems:
-        raise _Refused
+def _rules(args: argparse.Namespace) -> Rules:
+    name = args.label_set or SOURCES[args.dataset].label_set
+    if name is None:
+        raise DataError(f"--dataset {args.dataset}: has no label set of its own; name one with --label-set")
+    masks = target = load_label_set(name)
+    table = None
+    if args.label_map:
+        label_map = load_label_map(args.label_map)
+        target = label_map.target_set()
+        table = label_map.table(masks, target)
+    if args.mask_colors:
+        masks.ids_by_color()  # raises where two classes share a colour
+    return Rules(
+        masks=masks, target=target, table=table, mask_colors=args.mask_colors, keep_constant=args.keep_constant,
+        encode=args.encode, jpeg_quality=args.jpeg_quality, max_side=args.max_side,
+    )  # fmt: skip
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder inside `out` that is gone afterwards, whatever happens."""
-    stage = out / f".building-{os.getpid()}"
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _write_report(args: argparse.Namespace, examples: int, splits: dict[str, dict], problems: list[Problem]) -> None:
+def _write_report(
+    args: argparse.Namespace, examples: int, indices: dict[str, Index], problems: list[Problem], notes: Counter[str]
+) -> None:
     report = {
         "dataset": args.dataset,
         "root": str(args.root),
+        "encode": f"jpeg, quality {args.jpeg_quality}" if args.encode == "jpeg" else args.encode,
         "examples": examples,
-        "splits": {name: _sizes(index) for name, index in splits.items()},
+        "splits": {name: _sizes(index) for name, index in indices.items()},
+        "notes": dict(sorted(notes.items())),
         "problems": {
             kind: [{"file": problem.file, "detail": problem.detail} for problem in found]
             for kind, found in _by_kind(problems)
         },
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -165,33 +163,35 @@ def _by_kind(problems: list[Problem]) -> list[tuple[str, list[Problem]]]:
     return [(kind, list(found)) for kind, found in groupby(ordered, key=lambda problem: problem.kind)]
 
 
-def _sizes(index: dict) -> dict[str, int]:
-    total = sum(shard["bytes"] for shard in index["shards"])
-    return {"samples": index["num_samples"], "shards": len(index["shards"]), "bytes": total}
+def _sizes(index: Index) -> dict[str, int]:
+    return {"samples": index.num_samples, "shards": len(index.shards), "bytes": sum(s.bytes for s in index.shards)}
 
 
-def _print_problems(problems: list[Problem], report: Path) -> None:
+def _print_findings(problems: list[Problem], notes: Counter[str], report: Path) -> None:
     for kind, found in _by_kind(problems):
         print(f"{kind}: {len(found)} ({KINDS[kind]})")
         for problem in found[:NAMES_SHOWN]:
             print(f"  {Path(problem.file).name}: {problem.detail}")
         if len(found) > NAMES_SHOWN:
             print(f"  ... and {len(found) - NAMES_SHOWN} more, all in {report}")
+    for note, count in sorted(notes.items()):
+        print(f"{note}: {count} ({NOTES[note]})")
 
 
-def _print_summary(splits: dict[str, dict], label_set: LabelSet, args: argparse.Namespace, seconds: float) -> None:
-    print(f"{'class':20}" + "".join(f"{name:>10}" for name in splits) + "   % of pixels")
-    counts = {name: [*index["pixel_counts"], index["ignored_pixels"]] for name, index in splits.items()}
+def _print_summary(indices: dict[str, Index], label_set: LabelSet, args: argparse.Namespace, seconds: float) -> None:
+    print(f"{'class':20}" + "".join(f"{name:>10}" for name in indices) + "   % of pixels")
+    counts = {name: [*index.pixel_counts, index.ignored_pixels] for name, index in indices.items()}
     for i, label in enumerate([*label_set.classes, f"(ignored, {label_set.ignore_index})"]):
         shares = (100 * column[i] / sum(column) for column in counts.values())
         print(f"{label:20}" + "".join(f"{share:10.3f}" for share in shares))
-    for name, sizes in ((name, _sizes(index)) for name, index in splits.items()):
+    for name, sizes in ((name, _sizes(index)) for name, index in indices.items()):
         megabytes = sizes["bytes"] / 1e6
         print(f"{args.out / name}: {sizes['samples']} samples in {sizes['shards']} shards, {megabytes:.1f} MB")
-    if args.val_fraction > 0 and "val" not in splits:
-        print(f"no val split: --val-fraction {args.val_fraction} of so few examples rounds to none")
-    folders = {name: shlex.quote(str(args.out / name)) if name in splits else "null" for name in ("train", "val")}
-    print(f"{seconds:.1f} s with {args.workers} workers; next:")
+    if "val" not in indices and args.val_fraction != 0:
+        print("no val split: the data set has none here, or its share of so few examples is none; see --val-fraction")
+    folders = {name: shlex.quote(str(args.out / name)) if name in indices else "null" for name in ("train", "val")}
+    print(f"{seconds:.1f} s with {args.workers} workers; look at it with:  python -m data.inspect {shlex.quote(str(args.out))}")
+    print("then train:")
     print(f"  {NEXT} data.train={folders['train']} data.val={folders['val']} output_dir=outputs/{args.out.name}")
 
 
@@ -207,19 +207,41 @@ def _fraction(text: str) -> float:
     return number
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} must be i/n with 1 <= i <= n, such as 2/8")
+    return int(number), int(of)
+
+
 def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m data.build_shards", formatter_class=formatter)
+    layouts = "\n".join(f"  {name:16}{source.layout}" for name, source in SOURCES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m data.build_shards", description=__doc__, epilog=f"layouts of --root:\n{layouts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
-    add("--dataset", choices=SOURCES, required=True, help="the layout of the raw folder")
-    add("--label-set", help="a YAML file as data/label_sets/face19.yaml; default: the data set's own")
-    add("--root", type=Path, required=True, help="the raw folder")
+    add("--dataset", choices=SOURCES, required=True, help="the layout of the raw folder, see below")
+    add("--root", type=Path, required=True, help="the raw folder (pairs: or a .csv or .jsonl manifest)")
     add("--out", type=Path, required=True, help="where train/ and val/ are made")
-    add("--val-fraction", type=_fraction, default=0.1, help="share of the examples that validate; 0: no val/")
-    add("--workers", type=_at_least_one, default=len(os.sched_getaffinity(0)), help="processes that check images")
-    add("--samples-per-shard", type=_at_least_one, default=1000, help="samples in one tar")
-    add("--on-error", choices=("refuse", "skip"), default="refuse", help="what to do about bad examples")
+    add("--label-set", help="name, or a YAML file as data/label_sets/face19.yaml (default: the data set's own)")
+    add("--label-map", help="name, or a YAML file as data/label_maps/lip20_to_goliath28.yaml: store another set's classes")
+    add("--mask-colors", action="store_true", help="masks are RGB pictures in the label set's exact colours")
+    add("--keep-constant", action="store_true", help="masks of one value alone are meant so")
+    add("--on-error", choices=("refuse", "skip"), default="refuse", help="what to do about bad examples (default refuse)")
+    add("--val-fraction", type=_fraction, help=f"share that validates; 0: none (default: own split, else {VAL_FRACTION})")
     add("--limit", type=_at_least_one, help="take the first so many examples only")
+    add("--encode", choices=("keep", "lossless", "jpeg"), default="keep", help="images as they are (default), as QOI "
+        "(faster to read), or as JPEG; masks are always lossless")  # fmt: skip
+    add("--jpeg-quality", type=int, choices=range(50, 101), default=95, metavar="50..100", help="(default 95)")
+    add("--max-side", type=_at_least_one, help="shrink images whose longer side has more pixels")
+    add("--samples-per-shard", type=_at_least_one, default=1000, help="examples for one tar (default 1000)")
+    add("--workers", type=_at_least_one, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    add("--part", type=_part, default=(1, 1), metavar="i/n", help="make the i-th of n shares of the shards only, as the "
+        "tasks of a Slurm array do; the same command without --part ends the build")  # fmt: skip
+    add("--images", help="pairs: folder of the images (default images)")
+    add("--masks", help="pairs: folder of the masks (default masks)")
+    add("--mask-suffix", help="pairs: what mask names have behind the image's, such as _seg")
     return parser
 
 

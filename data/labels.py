@@ -1,9 +1,11 @@
-"""Label sets: class names, display colours, the left/right pairs that mirroring swaps, the label to ignore.
+"""Label sets: class names, colours, the left/right pairs that mirroring swaps, the label to ignore, class weights.
 
 The package's own sets lie in `data/label_sets`, one YAML file each; a user's file has the same keys. The packed shards
 carry the whole set (`LabelSet.to_dict`), so training asks the data, not a config, how many classes there are.
 """
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +13,18 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data import DataError
+from data.yaml_files import read_yaml
 
 LABEL_SETS = Path(__file__).parent / "label_sets"
+WHITE = (255, 255, 255)  # ignored pixels, where pixels are colours
+
+# Where a class name's words part: Left_Eye, left-eye, "eye (left)", LeftEye, LEye. "Bright" and "Upright" are one word.
+WORD_LIMIT = re.compile(r"[\s_.()\[\]/-]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+SIDES = {"l": "left", "r": "right"}
+MIRRORED = {"left": "right", "right": "left"}
 
 # Strict: YAML's `true` and `"3"` would otherwise pass for the ids 1 and 3.
 Integer = Annotated[int, Field(strict=True)]
@@ -29,10 +37,11 @@ class LabelSet:
     Args:
         name: short name, such as "face19".
         classes: one unique name a class, in the order of their ids.
-        colors: one RGB triple (0..255) a class, for pictures only.
+        colors: one RGB triple (0..255) a class, for pictures and for masks that are stored as colours.
         flip_pairs: pairs of ids that change places when the image is mirrored (left and right eye, ...).
         ignore_index: the pixel value (0..255, not a class) that neither loss nor metrics look at.
         source: where the classes come from.
+        class_weights: one weight a class for the loss, finite and not negative; None: the set recommends none.
 
     Raises:
         DataError: one line that names the key at fault.
@@ -44,6 +53,7 @@ class LabelSet:
     flip_pairs: tuple[tuple[int, int], ...]
     ignore_index: int = 255
     source: str = ""
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for key, problem in self._problems():
@@ -70,6 +80,34 @@ class LabelSet:
         for i, count in Counter(i for pair in self.flip_pairs for i in pair).items():
             if count > 1:
                 yield "flip_pairs", f"the id {i} is in {count} pairs; it can change places with one class only"
+        words = [_words(name) for name in self.classes]
+        for a, b in self.flip_pairs:
+            mirrored = _mirrored(words[a])
+            if mirrored != words[b] and (mirrored != words[a] or _mirrored(words[b]) != words[b]):
+                pair = f"[{a}, {b}] swaps {self.classes[a]!r} with {self.classes[b]!r}"
+                yield "flip_pairs", f"{pair}, which is not its other side by name; correct the ids or the names"
+        weights = self.class_weights
+        if weights is not None and len(weights) != n:
+            yield "class_weights", f"{len(weights)} weights for {n} classes; give one a class, or leave the key out"
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            yield "class_weights", f"{list(weights)} must be finite, none below 0, and not all 0"
+
+    def warnings(self) -> list[str]:
+        """What is allowed and still looks wrong: one line for each class whose name carries a side (left, right, l, r)
+        but which is in no flip pair. Mirrored images would teach the network the wrong side."""
+        paired = {i for pair in self.flip_pairs for i in pair}
+        words = [_words(name) for name in self.classes]
+        lines = []
+        for i, name in enumerate(self.classes):
+            mirrored = _mirrored(words[i])
+            if i in paired or mirrored == words[i]:
+                continue
+            remedy = "no class is its other side by name"
+            if mirrored in words:
+                partner = words.index(mirrored)
+                remedy = f"its other side is {self.classes[partner]!r}; add {sorted((i, partner))} to flip_pairs"
+            lines.append(f"label set {self.name!r}: {name!r} ({i}) carries a side but is in no flip pair: {remedy}")
+        return lines
 
     @property
     def num_classes(self) -> int:
@@ -86,11 +124,28 @@ class LabelSet:
         """Colours for pictures, RGB uint8 (256, 3): `palette[mask]`. Ignored pixels are white, unused values black."""
         palette = np.zeros((256, 3), dtype=np.uint8)
         palette[: self.num_classes] = self.colors
-        palette[self.ignore_index] = 255
+        palette[self.ignore_index] = WHITE
         return palette
+
+    def ids_by_color(self) -> dict[tuple[int, int, int], int]:
+        """RGB -> pixel value, for masks stored in the set's colours. White is `ignore_index` unless a class has it.
+
+        Raises:
+            DataError: two classes share a colour.
+        """
+        ids = {WHITE: self.ignore_index}
+        for i, color in enumerate(self.colors):
+            first = ids.setdefault(color, i)
+            if first < i:
+                names = f"{self.classes[first]!r} and {self.classes[i]!r} share the colour {list(color)}"
+                remedy = "masks stored as colours cannot tell them apart; use masks of class ids"
+                raise DataError(f"label set {self.name!r}: key 'classes.{i}.color': {names}; {remedy}")
+            ids[color] = i
+        return ids
 
     def to_dict(self) -> dict:
         """The set as JSON-able values, with the keys of the YAML files."""
+        weights = {} if self.class_weights is None else {"class_weights": list(self.class_weights)}
         return {
             "name": self.name,
             "source": self.source,
@@ -101,6 +156,7 @@ class LabelSet:
                 for i, (name, color) in enumerate(zip(self.classes, self.colors, strict=True))
             ],
             "flip_pairs": [list(pair) for pair in self.flip_pairs],
+            **weights,
         }
 
     @classmethod
@@ -127,6 +183,7 @@ class LabelSet:
             flip_pairs=tuple(parsed.flip_pairs),
             ignore_index=parsed.ignore_index,
             source=parsed.source,
+            class_weights=None if parsed.class_weights is None else tuple(parsed.class_weights),
         )
 
 
@@ -136,20 +193,7 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
     Raises:
         DataError: no such set or file, not YAML, or a key at fault.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = LABEL_SETS / f"{name_or_path}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in LABEL_SETS.glob("*.yaml")))
-            raise DataError(f"label set '{name_or_path}': unknown; name one of {known}, or the path of a .yaml file")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: the label set cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())
-        raise DataError(f"{path}: not valid YAML, {place}") from None
+    path, raw = read_yaml(name_or_path, LABEL_SETS, "label set")
     try:
         return LabelSet.from_dict(raw)
     except DataError as error:
@@ -164,6 +208,16 @@ def first_problem(error: ValidationError) -> str:
     found = repr(first["input"])
     more = f" (and {len(others)} more)" if others else ""
     return f"{f'key {key!r}: ' if key else ''}{reason}, found {found if len(found) < 60 else found[:56] + ' ...'}{more}"
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """A class name's words in lower case, "l" and "r" as the sides they stand for."""
+    return tuple(SIDES.get(word.lower(), word.lower()) for word in WORD_LIMIT.split(name) if word)
+
+
+def _mirrored(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of the class on the other side; the same words where they carry no side."""
+    return tuple(MIRRORED.get(word, word) for word in words)
 
 
 class _Class(BaseModel):
@@ -184,3 +238,4 @@ class _LabelSetFile(BaseModel):
     ignore_index: Integer = 255
     classes: list[_Class]
     flip_pairs: list[tuple[Integer, Integer]] = []
+    class_weights: list[float] | None = None

@@ -1,6 +1,13 @@
-"""Positions to batches. The only state is the step: see data/order.py."""
+"""Positions to batches. The only state is the step: see data/order.py.
 
-from collections.abc import Callable, Iterable, Iterator
+Training batches are written by the worker processes straight into memory that they share with this one. Handing over
+pixels through a DataLoader's queue would cost as much as decoding them.
+"""
+
+import logging
+import mmap
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import cv2
@@ -9,56 +16,82 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError
-from data.augment import AugmentConfig, augment, resize_for_validation
+from data.augment import AugmentConfig, draw_view
+from data.codecs import decode_image, decode_mask
+from data.mixture import Mixture
 from data.order import BatchPlan, Order, validation_positions
+from data.render import IMAGE_FILL, render, resize_for_validation
 from data.shards import RawSample, ShardSet
+
+PREFETCH = 4  # batches under way for each worker
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Batch:
-    """One micro batch; `labels` is a tensor in training, a list of arrays of the masks' own sizes in validation."""
+    """One micro batch; `labels` is a tensor in training, a list of arrays of the masks' own sizes in validation.
+
+    A training batch is valid until the next step's are asked for: then its memory is written anew.
+    """
 
     keys: list[str]
-    images: torch.Tensor  # uint8 (B, 3, H, W), RGB
+    images: torch.Tensor  # uint8 (B, 3, H, W), RGB, channels last in memory
     labels: torch.Tensor | list[np.ndarray]  # uint8 (B, H, W) | B x uint8 (h, w)
     seeds: torch.Tensor  # int64 (B,): dropout is drawn from these
     pixel_counts: torch.Tensor  # int64 (B, 256): pixels of each label value
-
-    def pin_memory(self) -> "Batch":
-        self.images = self.images.pin_memory()
-        if isinstance(self.labels, torch.Tensor):
-            self.labels = self.labels.pin_memory()
-        return self
-
-
-def decode(sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
-    """RGB uint8 (h, w, 3) and class ids uint8 (h, w). Raises DataError naming the sample."""
-    image = cv2.imdecode(np.frombuffer(sample.image, np.uint8), cv2.IMREAD_COLOR_RGB)
-    label = cv2.imdecode(np.frombuffer(sample.mask, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or label is None or label.ndim != 2 or label.dtype != np.uint8 or image.shape[:2] != label.shape:
-        raise DataError(f"sample {sample.key}: image or mask is damaged in its shard; build the shards again")
-    return image, label
+    labelled: torch.Tensor | None = None  # bool (B, classes): which each image's masks can show; None: all
 
 
 class TrainExamples(Dataset):
-    """Position in the run -> one augmented example."""
+    """Positions in the run -> augmented examples, written into a batch's place in memory."""
 
-    def __init__(self, shards: ShardSet, order: Order, size: tuple[int, int], config: AugmentConfig) -> None:
-        self.shards, self.order, self.size, self.config = shards, order, size, config
+    def __init__(self, mixture: Mixture, order: Order, size: tuple[int, int], config: AugmentConfig) -> None:
+        self.mixture, self.order, self.size, self.config = mixture, order, size, config
+        self.ring: _Ring | None = None
 
-    def __getitem__(self, position: int) -> tuple | DataError:
-        label_set = self.shards.label_set
+    def writing_to(self, ring: "_Ring") -> "TrainExamples":
+        """A copy for one pass over the data: two at a time must not share their memory."""
+        examples = copy(self)
+        examples.ring = ring
+        return examples
+
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list["_Example"]:
+        """(slot, row, position) of each example of a batch -> what is not pixels."""
+        return [self._make(*place) for place in places]
+
+    def _make(self, slot: int, row: int, position: int) -> "_Example":
+        label_set = self.mixture.label_set
         rng = self.order.generator(position)
         seed = int(rng.integers(2**63))
+        image_out, label_out = self.ring.images[slot, row], self.ring.labels[slot, row]
+        sample = self.order.sample_at(position)
+        member, _ = self.mixture.find(sample)
+        key, problem = "", None
         try:
-            sample = self.shards.read(self.order.sample_at(position))
-            image, label = decode(sample)
+            raw, source = self.mixture.read(sample)
+            key = raw.key
+            label = _mask(raw)
+            if source.table is not None:
+                label = cv2.LUT(label, source.table)
+            view = draw_view(label, self.size, self.config, rng)
+            image = _image(raw, label.shape, view.shrink)
+            render(image, label, view, label_set.flip_table(), label_set.ignore_index, image_out, label_out)
         except DataError as error:
-            return error  # raised by the loader: a worker's exception would arrive as a page of traceback
-        image, label = augment(
-            image, label, self.size, self.config, label_set.flip_table(), label_set.ignore_index, rng
-        )
-        return sample.key, image, label, seed
+            problem = str(error)
+            image_out[:], label_out[:] = IMAGE_FILL, label_set.ignore_index
+        return _Example(key, sample, member, seed, _count(label_out), problem)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """What a worker tells of one example; its pixels are in the ring."""
+
+    key: str
+    sample: int
+    member: int
+    seed: int
+    pixel_counts: np.ndarray
+    problem: str | None
 
 
 class ValidationExamples(Dataset):
@@ -72,55 +105,72 @@ class ValidationExamples(Dataset):
             sample = self.shards.read(min(index, len(self.shards) - 1))
             image, label = decode(sample)
         except DataError as error:
-            return error
+            return error  # raised by the loader: a worker's exception would arrive as a page of traceback
         if index >= len(self.shards):
             label = np.full_like(label, self.shards.label_set.ignore_index)
-        return sample.key, resize_for_validation(image, self.size), label, 0
+        return sample.key, resize_for_validation(image, self.size), label
+
+
+def decode(sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
+    """RGB uint8 (h, w, 3) and class ids uint8 (h, w). Raises DataError naming the sample."""
+    label = _mask(sample)
+    return _image(sample, label.shape), label
 
 
 def train_batches(
-    examples: TrainExamples, plan: BatchPlan, first_step: int, last_step: int, workers: int, pin_memory: bool = False
+    examples: TrainExamples,
+    plan: BatchPlan,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    max_bad_fraction: float = 0.0,
+    pin_memory: bool = False,
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step in [first_step, last_step): this rank's micro batches. Raises DataError."""
-    positions = _MicroBatches(plan, first_step, last_step)
-    batches = _load(examples, positions, workers, _collate_stacked, pin_memory)
+    """For each optimizer step in [first_step, last_step): this rank's micro batches.
+
+    A sample that cannot be read or decoded is logged by name and shown as nothing (wholly ignored).
+
+    Raises:
+        DataError: more than `max_bad_fraction` of the samples are bad.
+    """
+    slots = plan.accumulation + workers * PREFETCH  # those in use, and those that the workers may be writing
+    ring = _Ring(slots, plan.micro_batch_size, examples.size)
+    examples = examples.writing_to(ring)
+    if pin_memory:
+        ring.pin()
+    loader = DataLoader(
+        examples,
+        batch_sampler=_Places(plan, first_step, last_step, slots),
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_one_thread,
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context="fork" if workers else None,  # others would not share the ring
+    )
+    made = iter(loader)
+    bad = _BadSamples(len(examples.mixture), max_bad_fraction)
+    count = 0
     for _ in range(first_step, last_step):
-        yield [next(batches) for _ in range(plan.accumulation)]
+        micro_batches = []
+        for _ in range(plan.accumulation):
+            told = next(made)
+            for example in told:
+                if example.problem:
+                    bad.add(example.sample, example.problem)
+            micro_batches.append(ring.batch(count % slots, told, examples.mixture))
+            count += 1
+        yield micro_batches
 
 
 def validation_batches(
     examples: ValidationExamples, batch_size: int, rank: int, world_size: int, workers: int
 ) -> Iterator[Batch]:
-    """This rank's share of the validation set, equally many batches on every rank. Raises DataError."""
+    """This rank's share of the validation set, equally many batches on every rank. Raises DataError: a bad sample would
+    make the score one of other images."""
     positions = validation_positions(len(examples.shards), rank, world_size)
     batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    return _load(examples, batches, workers, _collate, pin_memory=False)
-
-
-@dataclass(frozen=True)
-class _MicroBatches:
-    """The positions of one micro batch after the other, made as they are asked for: a run has millions."""
-
-    plan: BatchPlan
-    first_step: int
-    last_step: int
-
-    def __iter__(self) -> Iterator[range]:
-        for step in range(self.first_step, self.last_step):
-            yield from self.plan.positions(step)
-
-
-def _load(
-    examples: Dataset, batches: Iterable[range], workers: int, collate: Callable, pin_memory: bool
-) -> Iterator[Batch]:
     loader = DataLoader(
-        examples,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
-        prefetch_factor=4 if workers else None,
+        examples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_one_thread
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -128,25 +178,107 @@ def _load(
         yield batch
 
 
+class _Ring:
+    """The pixels of some batches, in memory that forked workers share with this process.
+
+    Anonymous memory, not /dev/shm: containers often have 64 MB of that.
+    """
+
+    def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
+        pixels = slots * batch_size * size[0] * size[1]
+        self._memory = np.frombuffer(mmap.mmap(-1, 4 * pixels), np.uint8)
+        self.images = self._memory[: 3 * pixels].reshape(slots, batch_size, *size, 3)
+        self.labels = self._memory[3 * pixels :].reshape(slots, batch_size, *size)
+
+    def pin(self) -> None:
+        """Lets the GPU copy from it while this process goes on."""
+        status = torch.cuda.cudart().cudaHostRegister(self._memory.ctypes.data, self._memory.nbytes, 0)
+        if int(status) != 0:
+            log.warning("the loader's memory could not be pinned (CUDA error %d): copies to the GPU will wait", status)
+
+    def batch(self, slot: int, told: list[_Example], mixture: Mixture) -> Batch:
+        labelled = mixture.labelled[[example.member for example in told]]
+        return Batch(
+            keys=[example.key for example in told],
+            images=torch.from_numpy(self.images[slot]).permute(0, 3, 1, 2),
+            labels=torch.from_numpy(self.labels[slot]),
+            seeds=torch.tensor([example.seed for example in told], dtype=torch.int64),
+            pixel_counts=torch.from_numpy(np.stack([example.pixel_counts for example in told])),
+            labelled=None if mixture.labelled.all() else torch.from_numpy(labelled),
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """(slot, row, position) of one micro batch's examples after the other, made as asked for: a run has millions."""
+
+    plan: BatchPlan
+    first_step: int
+    last_step: int
+    slots: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        count = 0
+        for step in range(self.first_step, self.last_step):
+            for positions in self.plan.positions(step):
+                yield [(count % self.slots, row, position) for row, position in enumerate(positions)]
+                count += 1
+
+
+class _BadSamples:
+    """Names each bad sample once, and ends the run when there are too many."""
+
+    def __init__(self, num_samples: int, max_fraction: float) -> None:
+        self._allowed, self._num_samples, self._seen = max_fraction * num_samples, num_samples, set()
+
+    def add(self, sample: int, problem: str) -> None:
+        if sample in self._seen:
+            return
+        self._seen.add(sample)
+        if len(self._seen) > self._allowed:
+            limit = f" ({len(self._seen)} of {self._num_samples}, more than data.max_bad_fraction allows)"
+            raise DataError(problem + (limit if self._allowed else ""))
+        log.warning("bad sample %d, shown as nothing: %s", len(self._seen), problem)
+
+
+def _mask(sample: RawSample) -> np.ndarray:
+    try:
+        return decode_mask(sample.mask)
+    except ValueError as error:
+        raise _damaged(sample, "mask", error) from None
+
+
+def _image(sample: RawSample, shape: tuple[int, int], shrink: int = 1) -> np.ndarray:
+    """Of the mask's `shape`, or up to `shrink` times smaller."""
+    try:
+        image = decode_image(sample.image, shrink)
+    except ValueError as error:
+        raise _damaged(sample, "image", error) from None
+    if image.shape[:2] not in (shape, tuple(-(-side // shrink) for side in shape)):
+        raise _damaged(sample, "image", f"{image.shape[:2]} pixels, its mask has {shape}")
+    return image
+
+
+def _damaged(sample: RawSample, what: str, reason: object) -> DataError:
+    return DataError(f"sample {sample.key}: its {what} is damaged in its shard ({reason}); build the shards again")
+
+
+def _count(label: np.ndarray) -> np.ndarray:
+    return cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+
+
 def _collate(items: list[tuple | DataError]) -> Batch | DataError:
     for item in items:
         if isinstance(item, DataError):
             return item
-    keys, images, labels, seeds = zip(*items, strict=True)
+    keys, images, labels = zip(*items, strict=True)
     return Batch(
         keys=list(keys),
-        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
         labels=list(labels),
-        seeds=torch.tensor(seeds, dtype=torch.int64),
-        pixel_counts=torch.from_numpy(np.stack([np.bincount(label.ravel(), minlength=256) for label in labels])),
+        seeds=torch.zeros(len(keys), dtype=torch.int64),
+        pixel_counts=torch.from_numpy(np.stack([_count(label) for label in labels])),
     )
-
-
-def _collate_stacked(items: list[tuple | DataError]) -> Batch | DataError:
-    batch = _collate(items)
-    if isinstance(batch, Batch):
-        batch.labels = torch.from_numpy(np.stack(batch.labels))
-    return batch
 
 
 def _one_thread(worker: int) -> None:

@@ -1,20 +1,20 @@
-"""A set of shards: plain WebDataset tars, and an index that finds any sample in them with one lookup.
+"""A set of shards: plain WebDataset tars, and tables that find any sample in them with one lookup.
 
     SPLIT/shard-000000.tar   see `data.tars`
     SPLIT/samples.npy        one row (`SAMPLE_ROW`) a sample: its shard, and each member's offset and size there
-    SPLIT/index.json         `Index`: the label set, pixel counts, sizes and sha256; written last
+    SPLIT/pixel_counts.npy   uint32 (samples, classes): how many pixels of each class an image has
+    SPLIT/index.json         `Index`: the label set, sums, sizes and sha256; written last
 
-A folder without index.json is not a shard set.
+A folder without index.json is not a shard set. `data.packing` writes these files.
 """
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from functools import lru_cache
 from io import FileIO
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,12 +23,15 @@ from pydantic import BaseModel, ValidationError
 
 from data import DataError
 from data.labels import LabelSet, first_problem
-from data.tars import SAMPLE_ROW, PackedSample, locate_members, write_tar
+from data.remote import FileCache, file_url, is_remote
+from data.tars import SAMPLE_ROW
 
 INDEX = "index.json"
 SAMPLES = "samples.npy"
+PIXEL_COUNTS = "pixel_counts.npy"
 BUILD = "python -m data.build_shards --dataset NAME --root RAW_FOLDER --out FOLDER"
 MAX_OPEN_SHARDS = 128  # a process may often open 1024 files only, and a large set has more shards than that
+READ_TRIES = 3  # network file systems fail now and then
 
 
 class RawSample(NamedTuple):
@@ -40,136 +43,84 @@ class RawSample(NamedTuple):
     meta: dict
 
 
-class ShardEntry(BaseModel):
+class FileEntry(BaseModel):
     file: str
-    samples: int
     bytes: int
     sha256: str
+
+
+class ShardEntry(FileEntry):
+    samples: int
 
 
 class Index(BaseModel):
     """What index.json holds."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     label_set: dict
+    labelled: list[int]  # the classes that the raw masks can show; a label map may leave others without examples
     num_samples: int
     pixel_counts: list[int]
     ignored_pixels: int
     shards: list[ShardEntry]
-    samples_sha256: str
-
-
-def write_split(samples: Iterable[PackedSample], out: Path, label_set: LabelSet, samples_per_shard: int = 1000) -> dict:
-    """Writes the samples, in their order, as a shard set into the new folder `out`; returns the content of index.json.
-
-    Everything is written beside it and renamed at the end: `out` is whole or not there. The bytes depend on the
-    arguments only. One sample is in memory at a time.
-
-    Raises:
-        DataError: `out` is already there, there are no samples, or two have the same key.
-    """
-    out = Path(out)
-    if out.exists():
-        raise DataError(f"{out}: already there; delete it or choose another folder")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
-        index = _write_files(samples, partial, label_set, samples_per_shard)
-        if index.num_samples == 0:
-            raise DataError(f"{out.name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction")
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return index.model_dump()
-
-
-def _write_files(samples: Iterable[PackedSample], folder: Path, label_set: LabelSet, samples_per_shard: int) -> Index:
-    pixel_counts = np.zeros(label_set.num_classes, dtype=np.int64)
-    pixels, keys = 0, set()
-    rows, shards = [np.empty(0, dtype=SAMPLE_ROW)], []
-
-    def counted() -> Iterator[PackedSample]:
-        nonlocal pixels
-        for sample in samples:
-            # WebDataset would take neighbours with the same key for one sample.
-            if sample.key in keys:
-                raise DataError(f"key '{sample.key}': two samples have it; keys must be unique")
-            keys.add(sample.key)
-            np.add(pixel_counts, sample.pixel_counts, out=pixel_counts)
-            pixels += sample.height * sample.width
-            yield sample
-
-    stream = counted()
-    while (first := next(stream, None)) is not None:
-        path = folder / f"shard-{len(shards):06d}.tar"
-        write_tar(chain([first], islice(stream, samples_per_shard - 1)), path, label_set)
-        rows.append(locate_members(path, len(shards)))
-        size = path.stat().st_size
-        shards.append(ShardEntry(file=path.name, samples=len(rows[-1]), bytes=size, sha256=_sha256(path)))
-    np.save(folder / SAMPLES, np.concatenate(rows))
-    index = Index(
-        label_set=label_set.to_dict(),
-        num_samples=len(keys),
-        pixel_counts=pixel_counts.tolist(),
-        ignored_pixels=pixels - int(pixel_counts.sum()),
-        shards=shards,
-        samples_sha256=_sha256(folder / SAMPLES),
-    )
-    (folder / INDEX).write_text(json.dumps(index.model_dump(), indent=1) + "\n", encoding="utf-8")
-    return index
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    tables: dict[Literal["samples", "pixel_counts"], FileEntry]
 
 
 class ShardSet:
-    """A split on disk, read sample by sample at any position.
+    """A split that can be read at any position. Threads may share one; a pickled copy opens the files anew.
 
-    It can be pickled (the copy opens the folder again) and used in forked processes and in threads: reading is
-    `os.pread`, which moves no shared file position.
+    Attributes:
+        location: the folder, absolute, or the URL that it was opened by.
+        label_set: `LabelSet` of the masks.
+        labelled: ids of the classes that its masks can show.
+        pixel_counts: int64 (classes,), of the whole split.
+        shard_starts: int64 (shards,), each shard's first sample.
+        fingerprint: sha256 of index.json, which holds the sha256 of all else.
     """
 
-    def __init__(self, folder: Path, index: Index, label_set: LabelSet, rows: np.ndarray, fingerprint: str) -> None:
-        self.folder = folder  # absolute
+    def __init__(self, index: Index, label_set: LabelSet, fingerprint: str, files: "Files") -> None:
+        self.location = files.location
         self.label_set = label_set
-        self.pixel_counts = np.array(index.pixel_counts, dtype=np.int64)  # (num_classes,), of the whole split
-        self.fingerprint = fingerprint  # sha256 of index.json, which holds the sha256 of all else
-        self._index = index
-        self._rows = rows
+        self.labelled = tuple(index.labelled)
+        self.pixel_counts = np.array(index.pixel_counts, dtype=np.int64)
+        self.shard_starts = np.cumsum([0, *(shard.samples for shard in index.shards)])[:-1]
+        self.fingerprint = fingerprint
+        self._index, self._files = index, files
+        self._rows = files.table(index, "samples", SAMPLE_ROW, (index.num_samples,))
+        self.image_pixel_counts  # noqa: B018  told now if it is damaged
         # Unbuffered file objects rather than descriptors: one that leaves the cache closes once nobody reads from it.
-        self._file = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: FileIO(folder / index.shards[shard].file))
+        self._file = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: FileIO(files.path(index.shards[shard])))
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardSet":
-        """Opens a split: reads the index, maps the sample table, looks at the sizes of the tars (not into them).
+    def open(cls, location: str | Path, cache: FileCache | None = None) -> "ShardSet":
+        """Opens a split: reads the index, maps the tables, looks at the sizes of the tars (not into them).
+
+        Args:
+            location: a folder, or a URL as `data.remote` knows them, whose shards are fetched into `cache` when read.
 
         Raises:
             DataError: no such folder, no or a bad index, a file that is missing or has another size.
         """
-        folder = Path(folder).absolute()
-        path = folder / INDEX
-        if not path.is_file():
-            what = f"no {INDEX} here, so this is no finished shard set" if folder.is_dir() else "no such folder"
-            raise DataError(f"{folder}: {what}; build it with: {BUILD}")
-        content = path.read_bytes()
+        files = Files(str(location), cache or FileCache())
+        content = files.read_index()
         try:
             index = Index.model_validate_json(content)
             label_set = LabelSet.from_dict(index.label_set)
-            rows = np.asarray(np.load(folder / SAMPLES, mmap_mode="r"))
         except (ValidationError, DataError) as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
-            raise DataError(f"{path}: {problem}; build the set again") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder / SAMPLES}: cannot be read ({error}); build the set again") from None
-        for problem in _damage(folder, index, rows):
+            raise DataError(f"{files.name(INDEX)}: {problem}; build the set again") from None
+        for problem in files.damage(index.shards):
             raise DataError(f"{problem}; copy the file again or build the set again")
-        return cls(folder, index, label_set, rows, hashlib.sha256(content).hexdigest())
+        return cls(index, label_set, hashlib.sha256(content).hexdigest(), files)
+
+    @property
+    def image_pixel_counts(self) -> np.ndarray:
+        """uint32 (samples, classes), mapped anew: memory goes back when it is dropped. Raises DataError."""
+        shape = (len(self), self.label_set.num_classes)
+        return self._files.table(self._index, "pixel_counts", np.dtype("<u4"), shape)
 
     def __reduce__(self) -> tuple:
-        return ShardSet.open, (self.folder,)
+        return ShardSet.open, (self.location, self._files.cache)
 
     def __len__(self) -> int:
         return self._index.num_samples
@@ -182,15 +133,11 @@ class ShardSet:
             IndexError: no such position.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"{self.folder}: no sample {i}, there are {len(self)}")
+            raise IndexError(f"{self.location}: no sample {i}, there are {len(self)}")
         shard, *places = self._rows[i].item()
         offsets, sizes = places[0::2], places[1::2]
-        where = f"{self.folder / self._index.shards[shard].file}: sample {i}"
-        try:
-            file = self._file(shard)  # held until it was read: another thread may push it out of the cache
-            parts = [os.pread(file.fileno(), *span) for span in zip(sizes, offsets, strict=True)]
-        except OSError as error:
-            raise DataError(f"{where} cannot be read ({error.strerror}); check the disk") from None
+        where = f"{self._files.name(self._index.shards[shard].file)}: sample {i}"
+        parts = self._read_spans(shard, list(zip(sizes, offsets, strict=True)), where)
         if [len(part) for part in parts] != sizes:
             raise DataError(f"{where} ends early, the file was cut short; build the set again")
         image, mask, meta = parts
@@ -200,25 +147,85 @@ class ShardSet:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{where} has a damaged json member; build the set again") from None
 
+    def _read_spans(self, shard: int, spans: list[tuple[int, int]], where: str) -> list[bytes]:
+        for attempt in range(READ_TRIES):
+            try:
+                file = self._file(shard)  # held until it was read: another thread may push it out of the cache
+                return [os.pread(file.fileno(), *span) for span in spans]
+            except OSError as error:
+                reason = error.strerror
+                self._file.cache_clear()  # a descriptor of a network file system may have become stale
+                time.sleep(0.2 * attempt)
+        raise DataError(f"{where} cannot be read ({reason}, {READ_TRIES} tries); check the disk")
+
     def verify(self) -> list[str]:
         """Reads every byte: what is missing, has another size or another sha256, one line a problem; [] if sound."""
-        problems = list(_damage(self.folder, self._index, self._rows))
-        damaged = {problem.split(": ")[0] for problem in problems}
-        expected = {SAMPLES: self._index.samples_sha256} | {shard.file: shard.sha256 for shard in self._index.shards}
-        for name, sha256 in expected.items():
-            path = self.folder / name
-            if str(path) not in damaged and (not path.is_file() or _sha256(path) != sha256):
-                problems.append(f"{path}: its content changed (sha256 differs from {INDEX})")
+        problems = []
+        for entry in [*self._index.tables.values(), *self._index.shards]:
+            try:
+                found = list(self._files.damage([entry]))
+                if not found and sha256(self._files.path(entry)) != entry.sha256:
+                    found = [f"{self._files.name(entry.file)}: its content changed (sha256 differs from {INDEX})"]
+                problems += found
+            except DataError as error:
+                problems.append(str(error))
         return problems
 
+    def shard_sizes(self) -> list[int]:
+        """Bytes of each tar."""
+        return [shard.bytes for shard in self._index.shards]
 
-def _damage(folder: Path, index: Index, rows: np.ndarray) -> Iterator[str]:
-    """What a look at names and sizes finds."""
-    if rows.dtype != SAMPLE_ROW or len(rows) != index.num_samples:
-        yield f"{folder / SAMPLES}: does not belong to {INDEX}: {len(rows)} samples there, {index.num_samples} here"
-    for shard in index.shards:
-        path = folder / shard.file
+
+class Files:
+    """The files of one shard set, in a folder or behind a URL."""
+
+    def __init__(self, location: str, cache: FileCache) -> None:
+        self.remote = is_remote(location)
+        self.location = location if self.remote else str(Path(location).absolute())
+        self.cache = cache
+
+    def name(self, file: str) -> str:
+        """How messages call it."""
+        return file_url(self.location, file) if self.remote else str(Path(self.location) / file)
+
+    def path(self, entry: FileEntry) -> Path:
+        """The file on this machine's disk, fetched if need be. Raises DataError."""
+        if self.remote:
+            return self.cache.fetch(self.name(entry.file), entry.bytes, entry.sha256)
+        return Path(self.location) / entry.file
+
+    def read_index(self) -> bytes:
+        if self.remote:
+            return self.cache.fetch(self.name(INDEX)).read_bytes()
+        path = Path(self.location) / INDEX
         if not path.is_file():
-            yield f"{path}: missing, though {INDEX} lists it"
-        elif (size := path.stat().st_size) != shard.bytes:
-            yield f"{path}: {size} bytes, {INDEX} says {shard.bytes}"
+            what = f"no {INDEX} here, so this is no finished shard set" if path.parent.is_dir() else "no such folder"
+            raise DataError(f"{path.parent}: {what}; build it with: {BUILD}")
+        return path.read_bytes()
+
+    def table(self, index: Index, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """A memory mapped table. Raises DataError if it is damaged or belongs to another index."""
+        entry = index.tables[name]
+        try:
+            table = np.asarray(np.load(self.path(entry), mmap_mode="r"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.name(entry.file)}: cannot be read ({error}); build the set again") from None
+        if table.dtype != dtype or table.shape != shape:
+            found = f"{table.dtype.name} {table.shape} there, {dtype.name} {shape} expected"
+            raise DataError(f"{self.name(entry.file)}: does not belong to {INDEX}: {found}; build the set again")
+        return table
+
+    def damage(self, entries: list[FileEntry]) -> Iterator[str]:
+        """What a look at names and sizes finds. Remote files are looked at when they are fetched."""
+        for entry in [] if self.remote else entries:
+            path = self.path(entry)
+            if not path.is_file():
+                yield f"{path}: missing, though {INDEX} lists it"
+            elif (size := path.stat().st_size) != entry.bytes:
+                yield f"{path}: {size} bytes, {INDEX} says {entry.bytes}"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

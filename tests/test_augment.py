@@ -1,116 +1,125 @@
+"""What is drawn: views, and their distribution beside that of the independent reference pipeline."""
+
 import cv2
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from data.augment import IMAGE_FILL, AugmentConfig, adjust_hue_saturation, augment, distort_colours, scale_and_shift
-
-IDENTITY = np.arange(256, dtype=np.uint8)
-SWAP = IDENTITY.copy()
-SWAP[[3, 4]] = 4, 3
-STILL = AugmentConfig(scale=(1, 1), rotate_probability=0, flip_probability=0, photometric=False, max_class_share=1)
+from benchmarks.reference_pipeline import ReferencePipeline
+from data.augment import AugmentConfig, Box, draw_view
+from tests.views import IGNORE, SIZE, STILL, changed, draw, mapped
 
 
-def coded(height, width):
-    """An image whose red says the label: 3 on the left half, 4 on the right."""
-    label = np.full((height, width), 3, np.uint8)
-    label[:, width // 2 :] = 4
-    return np.dstack([label * 40] * 3), label
+def measured(image, label):
+    """What `mapped` shows: how it was enlarged, turned, mirrored, stretched; which of its points is in the middle."""
+    inside = cv2.erode((label != IGNORE).astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
+    y, x = np.nonzero(inside)
+    source = (image[y, x, :2].astype(float) - 20) / 2
+    (to_x, to_y, middle), *_ = np.linalg.lstsq(np.stack([x + 0.5 - 24, y + 0.5 - 32, np.ones(len(x))], 1), source)
+    flipped = np.linalg.det([to_x, to_y]) < 0
+    to_x = -to_x if flipped else to_x
+    angle = np.degrees(np.arctan2(to_y[0] - to_x[1], to_x[0] + to_y[1]))
+    shown = label[label != IGNORE]
+    return {
+        "zoom": 1 / np.sqrt(abs(np.linalg.det([to_x, to_y]))),
+        "x": middle[0],
+        "y": middle[1],
+        "angle": angle,
+        "flipped": flipped,
+        "filled": (label == IGNORE).mean(),
+        "largest": np.bincount(shown).max() / len(shown),
+        "stretch": np.linalg.cond([to_x, to_y]),
+    }
 
 
-def run(image, label, size, config, seed=0, table=IDENTITY):
-    return augment(image, label, size, config, table, 255, np.random.default_rng(seed))
+BLUR = {"zoom": 0, "x": 0.5, "y": 0.5, "angle": 1, "flipped": 0, "filled": 0.01, "largest": 0.02, "stretch": 0.02}
 
 
-def test_nothing_drawn_is_nothing_done():
+def differ(a, b, blur=0.0) -> bool:
+    """Two-sample Kolmogorov-Smirnov test at 1 %. Many values may be one, but for measuring: `blur` spreads them."""
     rng = np.random.default_rng(0)
-    image, label = rng.integers(0, 256, (64, 48, 3), np.uint8), rng.integers(0, 5, (64, 48), np.uint8)
-    out_image, out_label = run(image, label, (64, 48), STILL)
-    assert np.array_equal(out_image, image) and np.array_equal(out_label, label)
+    a, b = (rng.normal(np.float64(sample), blur) for sample in (a, b))
+    values = np.concatenate([a, b])
+    shares = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)]
+    return np.abs(shares[0] - shares[1]).max() > 1.63 * np.sqrt(1 / len(a) + 1 / len(b))
 
 
-def test_enlarging_matches_opencv_resize():
-    image, label = coded(32, 24)
-    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, image.shape, np.uint8), (0, 0), 2)
-    out, out_label = run(image, label, (64, 48), STILL)
-    assert np.abs(out.astype(int) - cv2.resize(image, (48, 64))).max() <= 2
-    assert np.array_equal(out_label, cv2.resize(label, (48, 64), interpolation=cv2.INTER_NEAREST_EXACT))
+def test_views_are_distributed_as_the_references():
+    image, label = mapped()
+    reference = ReferencePipeline(SIZE, photometric=False, seed=1)
+    theirs = [reference(image, label) for _ in range(500)]
+    theirs = [measured(image.transpose(1, 2, 0), label[0]) for image, label in theirs]
+    config = AugmentConfig(photometric=False, keep_aspect=False)
+    ours = [measured(*draw(image, label, config, seed)) for seed in range(500)]
+    for name, blur in BLUR.items():
+        assert not differ(*([row[name] for row in rows] for rows in (ours, theirs)), blur), name
+    wrong = [measured(*draw(image, label, changed(config, scale=(0.2, 2.3)), seed)) for seed in range(500)]
+    assert differ([row["zoom"] for row in wrong], [row["zoom"] for row in theirs])  # the test can tell
 
 
-def test_flip_mirrors_the_image_and_swaps_the_labels():
-    image, label = coded(64, 48)
-    image[:10, :5] = 255
-    out_image, out_label = run(image, label, (64, 48), STILL.model_copy(update={"flip_probability": 1.0}), table=SWAP)
-    assert np.array_equal(out_image, image[:, ::-1])
-    assert np.array_equal(out_label, label)  # left half is 3 again: mirrored and swapped
+def test_colours_are_distributed_as_the_references():
+    image, label = np.full((8, 6, 3), (90, 120, 170), np.uint8), np.zeros((8, 6), np.uint8)
+    reference = ReferencePipeline((8, 6), seed=2)
+    theirs = np.array([reference.photometric_distortion(image)[0, 0] for _ in range(1000)]).astype(int)
+    config = changed(STILL, photometric=True)
+    ours = np.array([draw(image, label, config, seed, (8, 6))[0][0, 0] for seed in range(1000)]).astype(int)
+    for channel in range(3):
+        assert not differ(ours[:, channel], theirs[:, channel])
+    assert not differ(np.ptp(ours, axis=1), np.ptp(theirs, axis=1))
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_image_and_label_stay_together(seed):
-    """The image tells its own label by its brightness, so a pixel of another label is a misalignment."""
-    image, label = coded(80, 100)
-    config = AugmentConfig(photometric=False, scale=(0.5, 2.0))
-    out_image, out_label = run(image, label, (64, 48), config, seed)
-    inside = out_label != 255
-    told = np.abs(out_image[..., 0].astype(int)[..., None] - np.array([120, 160])).argmin(-1) + 3
-    edges = cv2.dilate((cv2.morphologyEx(out_label, cv2.MORPH_GRADIENT, np.ones((3, 3))) > 0).astype(np.uint8), np.ones((3, 3)))
-    assert (told == out_label)[inside & (edges == 0)].all()
+@pytest.mark.parametrize("shape", [(100, 80), (60, 120), (120, 60), (7, 400)])
+def test_keep_aspect_keeps_it_to_a_pixel_of_the_source(shape):
+    label = np.zeros(shape, np.uint8)
+    for seed in range(60):
+        view = draw_view(label, SIZE, AugmentConfig(), np.random.default_rng(seed))
+        zoom = view.place.width / view.box.width, view.place.height / view.box.height
+        error = view.unit / min(view.box[2:]) + 1 / min(view.place[2:])
+        assert np.log(zoom[0] / zoom[1]) == pytest.approx(0, abs=error)
+        stretched = draw_view(label, SIZE, AugmentConfig(keep_aspect=False), np.random.default_rng(seed))
+        assert stretched.place == (0, 0, SIZE[1], SIZE[0])
 
 
-def test_outside_is_ignored_not_background():
-    image, label = np.full((64, 48, 3), 200, np.uint8), np.zeros((64, 48), np.uint8)
-    config = STILL.model_copy(update={"rotate_probability": 1.0, "rotate_degrees": 45.0})
-    outs = [run(image, label, (64, 48), config, seed) for seed in range(8)]
-    assert any(out_label[0, 0] == 255 and tuple(out_image[0, 0]) == IMAGE_FILL for out_image, out_label in outs)
-    for out_image, out_label in outs:
-        corner = cv2.erode((out_label == 255).astype(np.uint8), np.ones((3, 3)), borderValue=1) > 0
-        assert (out_image[corner] == IMAGE_FILL).all()
-        assert (out_label[28:36, 20:28] == 0).all()
-
-
-def test_rotation_is_uniform_both_ways():
-    """The line from the picture's middle to a dot, measured after rotation."""
-    image, label = np.zeros((101, 101, 3), np.uint8), np.zeros((101, 101), np.uint8)
-    label[50 - 2 : 50 + 3, 80 - 2 : 80 + 3] = 1
-    config = STILL.model_copy(update={"rotate_probability": 1.0, "rotate_degrees": 30.0})
-    angles = []
-    for seed in range(300):
-        ys, xs = np.nonzero(run(image, label, (101, 101), config, seed)[1] == 1)
-        angles.append(np.degrees(np.arctan2(ys.mean() - 50, xs.mean() - 50)))
-    assert -31 < min(angles) < -25 and 25 < max(angles) < 31 and abs(np.mean(angles)) < 4
+def test_shapes_are_kept_in_the_pixels_too():
+    image, label = mapped(60, 120)
+    for keep_aspect, least, most in ((True, 1.0, 1.05), (False, 1.5, 9.0)):
+        config = changed(STILL, scale=(0.5, 0.9), rotate_probability=0.5, keep_aspect=keep_aspect)
+        stretches = [measured(*draw(image, label, config, seed))["stretch"] for seed in range(20)]
+        assert least <= min(stretches) and max(stretches) <= most
 
 
 def test_crops_avoid_a_single_class():
     label = np.zeros((128, 128), np.uint8)
     label[80:, 80:] = 1
-    image = np.dstack([label] * 3)
     mixed = {}
     for limit in (1.0, 0.75):
-        config = STILL.model_copy(update={"scale": (3.0, 3.0), "max_class_share": limit})
-        crops = [run(image, label, (64, 64), config, seed)[1] for seed in range(200)]
-        mixed[limit] = np.mean([0.25 < crop.mean() < 0.75 for crop in crops])
+        config = changed(STILL, scale=(3, 3), max_class_share=limit)
+        boxes = [draw_view(label, (64, 64), config, np.random.default_rng(seed)).box for seed in range(200)]
+        mixed[limit] = np.mean([0.25 < box.of(label).mean() < 0.75 for box in boxes])
     assert mixed[0.75] > mixed[1.0] + 0.3
 
 
-def test_scale_range_is_the_resize_ratio():
-    """A square dot's size after the crop is its size times the drawn ratio."""
-    image, label = np.zeros((96, 96, 3), np.uint8), np.zeros((96, 96), np.uint8)
-    label[44:52, 44:52] = 1
-    config = STILL.model_copy(update={"scale": (1.0, 2.0)})
-    sizes = [np.sqrt((run(image, label, (96, 96), config, seed)[1] == 1).sum()) / 8 for seed in range(200)]
-    sizes = [size for size in sizes if size > 0.9]
-    assert min(sizes) < 1.15 and max(sizes) > 1.8 and 1.3 < np.mean(sizes) < 1.65
+@pytest.mark.parametrize("ignored", [255, 40])
+def test_ignored_pixels_are_no_class_of_a_crop(ignored):
+    """Left half class 0, right half ignored: wherever it is, no crop is mixed, so the first one drawn is not kept."""
+    label = np.zeros((128, 128), np.uint8)
+    label[:, 64:] = ignored
+    config = changed(STILL, scale=(3, 3), max_class_share=0.9)
+    boxes = {draw_view(label, (64, 64), config, np.random.default_rng(1), ignore).box for ignore in (255, 40)}
+    assert len(boxes) == 2
 
 
-def test_colour_steps():
-    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-    assert np.array_equal(scale_and_shift(image, 1.5, 0), np.clip(image * 1.5, 0, 255).astype(np.uint8))
-    assert np.array_equal(scale_and_shift(image, 1.0, -32), np.clip(image.astype(int) - 32, 0, 255).astype(np.uint8))
-    assert np.ptp(adjust_hue_saturation(image, 0, 0.0).astype(int), axis=2).max() <= 1  # no saturation: gray
-    red = np.full((1, 1, 3), (255, 0, 0), np.uint8)
-    assert np.array_equal(adjust_hue_saturation(red, 60, 1.0)[0, 0], (0, 255, 0))
+def test_shrink_keeps_the_detail_that_is_shown():
+    label = np.zeros((2000, 1500), np.uint8)
+    for scale, shrink in ((0.1, 8), (0.3, 4), (0.9, 2), (1.1, 1), (2.0, 1)):
+        config = changed(STILL, scale=(scale, scale))
+        view = draw_view(label, (1024, 768), config, np.random.default_rng(0))
+        assert view.shrink == shrink and view.box.width / shrink >= min(view.seen[0], view.box.width)
+        assert all(number % shrink == 0 for number in view.box)
+        assert draw_view(label, (1024, 768), changed(config, faithful=True), np.random.default_rng(0)).shrink == 1
 
 
-def test_colours_vary_about_themselves():
-    image = np.full((4, 4, 3), (90, 120, 150), np.uint8)
-    values = np.array([distort_colours(image, np.random.default_rng(seed)).mean() for seed in range(400)])
-    assert abs(values.mean() - 120) < 6 and values.std() > 15
+@pytest.mark.parametrize("keys", [{"scale": (0, 1)}, {"blur_sigma": (2, 1)}, {"scale": (1, float("inf"))}, {"flip": 1}])
+def test_bad_keys_are_refused(keys):
+    with pytest.raises(ValidationError):
+        AugmentConfig(**keys)

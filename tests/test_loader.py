@@ -1,7 +1,10 @@
 import hashlib
 import io
 import json
+import random
+import shutil
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -10,15 +13,16 @@ import torch
 from data import DataError
 from data.augment import AugmentConfig
 from data.loader import TrainExamples, ValidationExamples, train_batches, validation_batches
-from data.order import BatchPlan, Order
+from data.mixture import Mixture, MixtureEntry
+from data.order import BatchPlan
 from data.shards import ShardSet
 
 SIZE = (48, 32)
 
 
-def train_examples(folder, seed=7):
-    shards = ShardSet.open(folder / "train")
-    return TrainExamples(shards, Order(len(shards), seed), SIZE, AugmentConfig())
+def train_examples(*folders, seed=7, window=None, rare_share=None, config=AugmentConfig()):
+    mixture = Mixture.open([MixtureEntry(path=str(folder), weight=1 + i) for i, folder in enumerate(folders)])
+    return TrainExamples(mixture, mixture.order(seed, window, rare_share), SIZE, config)
 
 
 def hashes(examples, world, micro, first, last, workers, batch=12):
@@ -35,7 +39,7 @@ def hashes(examples, world, micro, first, last, workers, batch=12):
 
 
 def test_same_batches_for_any_ranks_workers_micro_batches_and_resume(shards):
-    examples = train_examples(shards)
+    examples = train_examples(shards / "train")
     whole = hashes(examples, world=1, micro=12, first=0, last=7, workers=0)  # 7 x 12 > 2 epochs of 31
     assert len(set(whole)) == 7
     for world, micro, workers in ((1, 4, 1), (2, 6, 0), (2, 3, 2), (3, 2, 1), (4, 3, 0)):
@@ -43,14 +47,43 @@ def test_same_batches_for_any_ranks_workers_micro_batches_and_resume(shards):
     assert hashes(examples, 2, 3, 5, 7, 1) == whole[5:]
 
 
+def test_same_batches_for_worlds_workers_resume_points_and_mixes(shards):
+    """Batches of 24 over three epochs of a mix of two sets, with a window and rare classes drawn more often."""
+    for options in ({}, {"window": 20, "rare_share": 0.5}):
+        examples = train_examples(shards / "train", shards / "val", **options)
+        steps = -(-3 * examples.order.epoch_length // 24)
+        whole = hashes(examples, 1, 24, 0, steps, workers=0, batch=24)
+        assert len(set(whole)) == steps
+        points = random.Random(0)
+        for world, micro, workers in ((1, 8, 1), (2, 12, 4), (3, 4, 1), (8, 3, 0), (8, 1, 1)):
+            first = points.randrange(steps)
+            assert hashes(examples, world, micro, first, steps, workers, batch=24) == whole[first:]
+
+
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(shards):
+    """The memory of a batch is written anew later; not while it is in use, however far the workers are ahead."""
+    examples = train_examples(shards / "train")
+    expected = hashes(examples, 1, 3, 0, 12, workers=0)
+    digests = []
+    for micro_batches in train_batches(examples, BatchPlan(12, 3, 0, 1), 0, 12, workers=3):
+        time.sleep(0.05)  # the workers fill all that they may
+        digest = hashlib.sha256()
+        for one in micro_batches:
+            for i, key in enumerate(one.keys):
+                digest.update(key.encode() + one.images[i].numpy().tobytes() + one.labels[i].numpy().tobytes())
+                digest.update(one.seeds[i].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    assert digests == expected
+
+
 def test_every_sample_once_an_epoch(shards):
-    examples = train_examples(shards)
+    examples = train_examples(shards / "train")
     keys = [key for step in train_batches(examples, BatchPlan(31, 31, 0, 1), 0, 2, 2) for b in step for key in b.keys]
     assert sorted(keys[:31]) == sorted(keys[31:]) and len(set(keys[:31])) == 31 and keys[:31] != keys[31:]
 
 
 def test_batch_tells_its_label_counts(shards):
-    (batch,) = next(train_batches(train_examples(shards), BatchPlan(6, 6, 0, 1), 0, 1, 0))
+    (batch,) = next(train_batches(train_examples(shards / "train"), BatchPlan(6, 6, 0, 1), 0, 1, 0))
     assert batch.images.shape == (6, 3, *SIZE) and batch.images.dtype == torch.uint8
     assert batch.labels.shape == (6, *SIZE) and batch.labels.dtype == torch.uint8
     for label, counts in zip(batch.labels, batch.pixel_counts, strict=True):
@@ -74,10 +107,7 @@ def test_validation_shows_each_image_once_with_its_own_label(shards, world):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_is_named(shards, tmp_path, workers):
-    broken = tmp_path / "train"
-    broken.mkdir()
-    for path in (shards / "train").iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    broken = shutil.copytree(shards / "train", tmp_path / "train")
     tar = broken / "shard-000001.tar"
     content = bytearray(tar.read_bytes())
     with tarfile.open(fileobj=io.BytesIO(bytes(content))) as members:
@@ -86,22 +116,35 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
     tar.write_bytes(bytes(content))
     key = image.name.split(".")[0]
     with pytest.raises(DataError, match=f"{key}: .*damaged.*build the shards again") as caught:
-        list(train_batches(train_examples(tmp_path), BatchPlan(31, 31, 0, 1), 0, 1, workers))
+        list(train_batches(train_examples(tmp_path / "train"), BatchPlan(31, 31, 0, 1), 0, 1, workers))
     assert "\n" not in str(caught.value)
+
+
+def test_few_bad_samples_are_named_and_shown_as_nothing(shards, tmp_path, caplog):
+    broken = shutil.copytree(shards / "train", tmp_path / "train")
+    rows = np.load(broken / "samples.npy")
+    with (broken / "shard-000002.tar").open("r+b") as tar:
+        tar.seek(int(rows[25]["image_offset"]) + 20)
+        tar.write(b"damage")
+    examples = train_examples(broken)
+    plan = BatchPlan(31, 31, 0, 1)
+    for (batch,) in train_batches(examples, plan, 0, 2, 1, max_bad_fraction=0.04):
+        blank = [(label == 255).all().item() for label in batch.labels]
+        assert sum(blank) == 1 and batch.pixel_counts[blank.index(True)].tolist() == [0] * 255 + [SIZE[0] * SIZE[1]]
+    assert len(caplog.records) == 1 and "bad sample 1" in caplog.text  # once, though seen in two epochs
+    with pytest.raises(DataError, match="damaged.*1 of 31, more than data.max_bad_fraction allows"):
+        list(train_batches(examples, plan, 0, 1, 0, max_bad_fraction=0.03))
 
 
 def test_flip_pairs_come_from_the_index(shards, tmp_path):
     """With the pairs removed from the index alone, mirrored images keep their sides' labels."""
-    plain = tmp_path / "train"
-    plain.mkdir()
-    for path in (shards / "train").iterdir():
-        (plain / path.name).write_bytes(path.read_bytes())
+    plain = shutil.copytree(shards / "train", tmp_path / "train")
     index = json.loads((plain / "index.json").read_text())
     assert index["label_set"]["flip_pairs"] == [[3, 4], [5, 6], [7, 8]]
     index["label_set"]["flip_pairs"] = []
     (plain / "index.json").write_text(json.dumps(index))
     with_pairs, without = (
-        next(train_batches(train_examples(folder), BatchPlan(31, 31, 0, 1), 0, 1, 0))[0] for folder in (shards, tmp_path)
+        next(train_batches(train_examples(folder / "train"), BatchPlan(31, 31, 0, 1), 0, 1, 0))[0] for folder in (shards, tmp_path)
     )
     assert torch.equal(with_pairs.images, without.images)
     changed = [not torch.equal(a, b) for a, b in zip(with_pairs.labels, without.labels, strict=True)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from data.loader import TrainExamples, train_batches
-from data.order import BatchPlan, Order
-from data.shards import ShardSet
+from data.mixture import Mixture
+from data.order import BatchPlan
 from model.segmenter import build_segmenter
 from model.weights import load_segmenter, read_weights
 from tests.conftest import ROOT, train, train_command, train_environment, wait_for_step
@@ -33,13 +33,13 @@ def plain_losses(shards: Path, folder: Path) -> dict[int, float]:
     """The same experiment as one plain PyTorch loop over whole global batches."""
     command = train_command(shards, folder, *STEPS)
     config = load_config(Path("train/configs/demo.yaml"), [a for a in command if "=" in a])
-    train_set = ShardSet.open(config.data.train)
+    train_set = Mixture.open(config.data.train)
     torch.manual_seed(config.seed)
     spec = config.model
     model = build_segmenter(spec.arch, 19, spec.image_size, spec.patch_padding, spec.dropout)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, on_gpu=False)
-    loss = PixelLoss(class_weights("auto", train_set.pixel_counts), train_set.label_set)
-    examples = TrainExamples(train_set, Order(len(train_set), config.seed), spec.image_size, config.augment)
+    loss = PixelLoss(class_weights("auto", train_set.pixel_counts, train_set.label_set), train_set.label_set)
+    examples = TrainExamples(train_set, train_set.order(config.seed), spec.image_size, config.augment)
     losses = {}
     for step, (batch,) in enumerate(train_batches(examples, BatchPlan(8, 8, 0, 1), 0, 20, 0)):
         set_lr(optimizer, config.optimizer.lr, lr_factor(step, 20, config.schedule))

@@ -15,11 +15,13 @@ import torch
 import yaml
 
 from data import DataError
+from data.mixture import Mixture
+from data.remote import FileCache
 from data.shards import ShardSet
 from model import ModelError
 from model.archs import get_arch
 from train import TrainError, checkpoint, deepspeed_config
-from train.config import Config, load_config
+from train.config import Config, load_config, training_order
 from train.loss import class_weights
 from train.track import record_error
 
@@ -43,8 +45,9 @@ def main() -> None:
 
 def run(config: Config, check_only: bool) -> None:
     """Check, then train. Whatever can be wrong is told before the slow imports and the first allocation."""
-    train = ShardSet.open(config.data.train)
-    val = ShardSet.open(config.data.val) if config.data.val else None
+    cache = FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9))
+    train = Mixture.open(config.data.train, cache)
+    val = ShardSet.open(config.data.val, cache) if config.data.val else None
     settings = check(config, train, val)
     if check_only:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
@@ -55,7 +58,7 @@ def run(config: Config, check_only: bool) -> None:
     start(config, settings, train, val)
 
 
-def check(config: Config, train: ShardSet, val: ShardSet | None) -> dict[str, Any]:
+def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any]:
     """The resolved DeepSpeed settings, if the experiment fits itself, its shards and the number of processes.
 
     Raises TrainError, DataError, ModelError.
@@ -63,15 +66,15 @@ def check(config: Config, train: ShardSet, val: ShardSet | None) -> dict[str, An
     if val and val.label_set != train.label_set:
         raise DataError(
             f"data.val: {config.data.val} has label set {val.label_set.name} with {val.label_set.num_classes} classes, "
-            f"{config.data.train} has {train.label_set.name} with {train.label_set.num_classes}; build both from one set"
+            f"data.train has {train.label_set.name} with {train.label_set.num_classes}; build both from one set"
         )
     get_arch(config.model.arch).check(config.model.image_size, config.model.patch_padding)
-    class_weights(config.loss.class_weights, train.pixel_counts)
+    class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
     if config.resume_from:
         checkpoint.locate(config.resume_from)
     if config.load_from and not config.load_from.is_file():
         raise TrainError(f"load_from: {config.load_from}: no such file")
-    total_steps = config.total_steps(len(train))
+    total_steps = config.total_steps(training_order(config, train).epoch_length)
     if config.schedule.warmup_steps >= total_steps:
         raise TrainError(
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is not below the run's {total_steps} steps; lower it"

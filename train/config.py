@@ -7,6 +7,8 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from data.augment import AugmentConfig
+from data.mixture import Mixture, MixtureEntry
+from data.order import Order
 from model.archs import ARCHS, get_arch
 from train import TrainError
 
@@ -18,9 +20,24 @@ class _Section(BaseModel, frozen=True, extra="forbid"):
 
 
 class DataConfig(_Section):
-    train: Path = Field(description="shard folder of the training split (holds index.json)")
-    val: Path | None = Field(None, description="shard folder of the validation split; none: no evaluation")
+    train: tuple[MixtureEntry, ...] = Field(
+        min_length=1,
+        description="shard folder or URL of the training split (holds index.json), or several: [{path, weight, label_map}]",
+    )
+    val: str | None = Field(None, description="the validation split; none: no evaluation")
     workers: int = Field(4, ge=0, description="loader processes for each GPU; 0 loads in the training process")
+    window: PositiveInt | None = Field(None, description="shuffle within so many samples, for network disks; null: uniformly")
+    rare_share: float | None = Field(
+        None, gt=0, le=1, description="images with a class that fewer than this share of all images show come more often"
+    )
+    max_bad_fraction: Fraction = Field(0.001, description="of all samples; so many may be damaged before the run ends")
+    cache: Path | None = Field(None, description="where remote shards are kept; null: SAPIENS_SEG_CACHE or ~/.cache")
+    cache_gigabytes: PositiveFloat = 50.0
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, train: Any) -> Any:
+        return ({"path": train},) if isinstance(train, str) else train
 
 
 class ModelConfig(_Section):
@@ -58,8 +75,9 @@ class ScheduleConfig(_Section):
 
 
 class LossConfig(_Section):
-    class_weights: Literal["none", "auto"] | list[float] = Field(
-        "none", description="auto: from the pixel counts in the shards' index, so that small parts are learnt soon"
+    class_weights: Literal["none", "auto", "label_set"] | list[float] = Field(
+        "none",
+        description="auto: from the pixel counts in the shards' index, so that small parts are learnt soon; label_set: its own",
     )
 
 
@@ -112,11 +130,16 @@ class Config(_Section):
             )
         return self.global_batch_size // together
 
-    def total_steps(self, num_samples: int) -> int:
-        """Optimizer steps of the whole run."""
+    def total_steps(self, epoch_length: int) -> int:
+        """Optimizer steps of the whole run, of so many samples an epoch."""
         if self.schedule.steps is not None:
             return self.schedule.steps
-        return max(1, -(-round(self.schedule.epochs * num_samples) // self.global_batch_size))
+        return max(1, -(-round(self.schedule.epochs * epoch_length) // self.global_batch_size))
+
+
+def training_order(config: Config, train: Mixture) -> Order:
+    """Which sample each position of the run takes."""
+    return train.order(config.seed, config.data.window, config.data.rare_share)
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -155,11 +178,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _describe(error: dict[str, Any]) -> str:
     """One pydantic finding with its dotted key; an unknown key comes with the known ones of its section."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("list[float]", "literal['none','auto']"))
+    loc = [part for part in error["loc"] if not str(part).startswith(("list[", "literal["))]  # the branches of a union
+    key = ".".join(str(part) for part in loc)
     if error["type"] == "extra_forbidden":
         model: Any = Config
-        for part in error["loc"][:-1]:
-            model = model.model_fields[part].annotation
+        for part in loc[:-1]:
+            model = MixtureEntry if isinstance(part, int) else model.model_fields[part].annotation
         return f"{key}: unknown key; known here: {', '.join(model.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: missing"

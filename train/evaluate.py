@@ -83,7 +83,7 @@ def report(scores: Scores, rows: Rows, shards: ShardSet, output: Path) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="model.safetensors of a training run")
-    parser.add_argument("--data", type=Path, required=True, help="shard folder of one split")
+    parser.add_argument("--data", required=True, help="shard folder or URL of one split")
     parser.add_argument("--output", type=Path, help="contact sheet PNG (default: beside the weights)")
     parser.add_argument("--batch-size", type=int, choices=range(1, 1025), default=4, metavar="N")
     parser.add_argument("--workers", type=int, choices=range(257), default=2, metavar="N")
@@ -102,7 +102,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     scores, rows = evaluate(model, shards, model.image_size, device, args.batch_size, args.workers, args.pictures)
-    output = args.output or args.weights.with_name(f"{args.weights.stem}_{args.data.name}.png")
+    output = args.output or args.weights.with_name(f"{args.weights.stem}_{Path(args.data).name}.png")
     print(report(scores, rows, shards, output)[0])
     if rows:
         print(f"contact sheet  {os.path.relpath(output)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.loader import Batch, TrainExamples, train_batches
+from data.mixture import Mixture
 from data.order import BatchPlan, Order
 from data.shards import ShardSet
 from model.weights import save_safetensors
@@ -31,7 +32,8 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], loss: PixelL
     total = torch.zeros((), device=job.device)
     for batch in micro_batches:
         logits = engine(batch.images.to(job.device, non_blocking=True), batch.seeds)  # (B, C, h, w)
-        loss_sum = loss.sum(logits, batch.labels.to(job.device, non_blocking=True))
+        labelled = None if batch.labelled is None else batch.labelled.to(job.device)
+        loss_sum = loss.sum(logits, batch.labels.to(job.device, non_blocking=True), labelled)
         engine.backward(loss_sum * factor)
         engine.step()
         total += loss_sum.detach()
@@ -42,7 +44,8 @@ def fit(
     engine: DeepSpeedEngine,
     config: Config,
     settings: dict,
-    train: ShardSet,
+    train: Mixture,
+    order: Order,
     val: ShardSet | None,
     loss: PixelLoss,
     state: RunState,
@@ -50,10 +53,10 @@ def fit(
 ) -> None:
     """Train from `state.step` to the end; evaluate, save and export on the way. Every rank must call it."""
     plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
-    examples = TrainExamples(train, Order(len(train), config.seed), config.model.image_size, config.augment)
+    examples = TrainExamples(train, order, config.model.image_size, config.augment)
     tracker = Tracker(config, state.step, state.total_steps, settings) if job.is_main else None
     batches = train_batches(
-        examples, plan, state.step, state.total_steps, config.data.workers, pin_memory=job.on_gpu
+        examples, plan, state.step, state.total_steps, config.data.workers, config.data.max_bad_fraction, job.on_gpu
     )
     engine.train()
     for step, micro_batches in enumerate(batches, start=state.step):
@@ -130,7 +133,7 @@ def _save(engine: DeepSpeedEngine, config: Config, state: RunState, job: Job) ->
         log.info("step %d  checkpoint %s", state.step, path)
 
 
-def _metadata(config: Config, train: ShardSet, state: RunState) -> dict:
+def _metadata(config: Config, train: Mixture, state: RunState) -> dict:
     return {
         "arch": config.model.arch,
         "image_size": list(config.model.image_size),

@@ -6,26 +6,23 @@ import torch.nn.functional as F
 
 from data import DataError
 from data.labels import LabelSet
+from data.statistics import balanced_weights
 from train import TrainError
 
-AUTO_POWER = 0.35
-AUTO_RANGE = (0.1, 10.0)
+UNSEEN = -1e4  # a logit that takes no part in a softmax; finite, for resizing would make NaN of infinities
 
 
-def class_weights(setting: str | list[float], pixel_counts: np.ndarray) -> torch.Tensor:
-    """float32 (C,) from the experiment's `loss.class_weights` and the pixels of each class in the training shards.
-
-    "auto" is frequency^-0.35 with mean 1 over the classes that occur: plain cross-entropy learns eyes and lips many
-    times later. Raises TrainError when a list has another length.
-    """
+def class_weights(setting: str | list[float], pixel_counts: np.ndarray, label_set: LabelSet) -> torch.Tensor:
+    """float32 (C,) from the experiment's `loss.class_weights`: none, a list, the label set's own, or ("auto") from the
+    pixels of each class in the training shards. Raises TrainError when they are missing or do not fit."""
     if setting == "none":
         return torch.ones(len(pixel_counts))
     if setting == "auto":
-        present = pixel_counts > 0
-        weights = np.ones(len(pixel_counts))
-        weights[present] = (pixel_counts[present] / pixel_counts.sum()) ** -AUTO_POWER
-        weights[present] /= weights[present].mean()
-        return torch.tensor(weights.clip(*AUTO_RANGE), dtype=torch.float32)
+        return torch.tensor(balanced_weights(pixel_counts), dtype=torch.float32)
+    if setting == "label_set":
+        if label_set.class_weights is None:
+            raise TrainError(f"loss.class_weights: label set {label_set.name} has none; use auto, or give a list")
+        return torch.tensor(label_set.class_weights, dtype=torch.float32)
     if len(setting) != len(pixel_counts):
         raise TrainError(
             f"loss.class_weights: {len(setting)} values, but the shards' label set has {len(pixel_counts)} classes"
@@ -64,13 +61,16 @@ class PixelLoss:
         counts = pixel_counts.sum(0)[: self.label_set.num_classes]
         return float((counts.double() * self.weights.double()).sum())
 
-    def sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def sum(self, logits: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor | None = None) -> torch.Tensor:
         """Summed weighted cross-entropy in fp32, a scalar.
 
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
+            labelled: bool (B, C), the classes that each image's masks can show; the others take no part. None: all.
         """
         logits = logits.float()
+        if labelled is not None:
+            logits = logits.masked_fill(~labelled[:, :, None, None], UNSEEN)
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         weights = self.weights.to(logits.device)

@@ -8,19 +8,21 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from data.mixture import Mixture
+from data.order import Order
 from data.shards import ShardSet
 from model.segmenter import Segmenter, build_segmenter
 from model.weights import load_weights
 from train import TrainError, checkpoint, deepspeed_config
 from train.checkpoint import RunState
-from train.config import Config
+from train.config import Config, training_order
 from train.engine import Job, build_engine, join_job
 from train.loop import fit
 from train.loss import PixelLoss, class_weights
 from train.track import log, start_logging
 
 
-def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardSet | None) -> None:
+def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSet | None) -> None:
     """Join the job and train to the end, with the resolved DeepSpeed `settings`. Every process of the job must call it."""
     job = join_job()
     try:
@@ -37,7 +39,8 @@ def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardS
         log.info("%s", report.summary())
     model.set_grad_checkpointing(config.model.recompute)
     engine = build_engine(model, config, settings, job)
-    state = _fresh_state(config, settings, train, origin, job)
+    order = training_order(config, train)
+    state = _fresh_state(config, settings, train, order, origin, job)
     if resume:
         state = checkpoint.load(engine, resume, state)
         log.info("resumed at step %d from %s", state.step, resume)
@@ -46,13 +49,13 @@ def start(config: Config, settings: dict[str, Any], train: ShardSet, val: ShardS
     if job.is_main:
         (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         log.info("%s", _headline(config, train, val, settings, state, job))
-    loss = PixelLoss(class_weights(config.loss.class_weights, train.pixel_counts), train.label_set)
-    fit(engine, config, settings, train, val, loss, state, job)
+    loss = PixelLoss(class_weights(config.loss.class_weights, train.pixel_counts, train.label_set), train.label_set)
+    fit(engine, config, settings, train, order, val, loss, state, job)
     dist.barrier()  # the others wait for rank 0's export, else the launcher takes their leaving for the end
     dist.destroy_process_group()
 
 
-def _build_model(config: Config, train: ShardSet) -> Segmenter:
+def _build_model(config: Config, train: Mixture) -> Segmenter:
     spec = config.model
     return build_segmenter(spec.arch, train.label_set.num_classes, spec.image_size, spec.patch_padding, spec.dropout)
 
@@ -68,10 +71,10 @@ def _resume_point(config: Config) -> Path | None:
     return found[0]
 
 
-def _fresh_state(config: Config, settings: dict, train: ShardSet, origin: dict, job: Job) -> RunState:
+def _fresh_state(config: Config, settings: dict, train: Mixture, order: Order, origin: dict, job: Job) -> RunState:
     return RunState(
         step=0,
-        total_steps=config.total_steps(len(train)),
+        total_steps=config.total_steps(order.epoch_length),
         origin=origin,
         world_size=job.world_size,
         zero_stage=deepspeed_config.stage(settings),
@@ -85,7 +88,7 @@ def _fresh_state(config: Config, settings: dict, train: ShardSet, origin: dict, 
     )
 
 
-def _headline(config: Config, train: ShardSet, val: ShardSet | None, settings: dict, state: RunState, job: Job) -> str:
+def _headline(config: Config, train: Mixture, val: ShardSet | None, settings: dict, state: RunState, job: Job) -> str:
     return (
         f"{config.model.arch} at {config.model.image_size[0]}x{config.model.image_size[1]}, "
         f"{train.label_set.num_classes} classes ({train.label_set.name}); {len(train)} training and "

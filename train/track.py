@@ -25,6 +25,7 @@ def start_logging(output_dir: Path, rank: int) -> None:
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
     log.handlers = [file] if rank else [console, file]
     logging.getLogger("DeepSpeed").addHandler(file)
+    logging.getLogger("data").handlers = log.handlers  # bad samples, downloads tried again
 
     def crashed(kind: type[BaseException], error: BaseException, trace) -> None:
         file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "crashed", (), (kind, error, trace)))

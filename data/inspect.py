@@ -1,0 +1,129 @@
+"""Shows what is in a shard set, before a GPU is busy with it.
+
+    python -m data.inspect shards/face          # train/ and val/, or one split
+
+Prints sizes, class frequencies, class weights to start from and classes with hardly any example, reads every file against
+its sha256, and draws a contact sheet: photo and labels, and beside them both as the mirror shows them. There the left
+eye must have the colour that the eye on that side had before; where it has not, a flip pair is wrong.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError
+from data.loader import decode
+from data.pictures import contact_sheet, save_png
+from data.shards import INDEX, ShardSet
+from data.statistics import balanced_weights, images_showing
+
+SIZES_READ = 1000  # images whose size is looked up, evenly spaced
+SHEET_POOL = 2000  # images among which the sheet's are chosen
+FEW_IMAGES, SMALL_SHARE = 20, 0.1  # fewer, both in number and as a share of all, are hardly any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 sound, 1 a file is damaged, 2 nothing to inspect."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="a split, or the folder that holds train/ and val/; also a URL")
+    parser.add_argument("--pictures", type=int, default=8, help="examples on the contact sheet (default 8)")
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of the contact sheets (default: here)")
+    parser.add_argument("--no-checksums", action="store_true", help="do not read all files")
+    args = parser.parse_args(argv)
+    try:
+        sound = [inspect(ShardSet.open(location), args) for location in _splits(args.folder)]
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(sound) else 1
+
+
+def inspect(shards: ShardSet, args: argparse.Namespace) -> bool:
+    """Prints and draws one split; returns whether its files are what they were when packed."""
+    megabytes = sum(shards.shard_sizes()) / 1e6
+    print(f"{shards.location}: {len(shards)} images in {len(shards.shard_starts)} shards, {megabytes:.1f} MB")
+    print(_sizes(shards))
+    print(_class_table(shards))
+    for warning in shards.label_set.warnings():
+        print(f"warning: {warning}")
+    if args.pictures:
+        path = args.output / f"inspect_{Path(shards.location).parent.name}_{Path(shards.location).name}.png"
+        save_png(path, _sheet(shards, args.pictures))
+        print(f"contact sheet  {os.path.relpath(path)}")
+    if args.no_checksums:
+        return True
+    problems = shards.verify()
+    for problem in problems:
+        print(f"damaged: {problem}")
+    if not problems:
+        print("checksums: all files are what they were when packed")
+    print()
+    return not problems
+
+
+def _splits(folder: str) -> list[str]:
+    found = [str(Path(folder) / name) for name in ("train", "val") if (Path(folder) / name / INDEX).is_file()]
+    return found or [folder]
+
+
+def _sizes(shards: ShardSet) -> str:
+    chosen = np.unique(np.linspace(0, len(shards) - 1, SIZES_READ).astype(int))
+    sizes = np.array([(meta["height"], meta["width"]) for meta in (shards.read(int(i)).meta for i in chosen)])
+    area = sizes.prod(axis=1)
+    smallest, middle, largest = (sizes[np.argsort(area)[i]] for i in (0, len(area) // 2, -1))
+    of = "" if len(chosen) == len(shards) else f" of {len(chosen)} looked at"
+    named = (f"{name} {height}x{width}" for name, (height, width) in zip(("smallest", "median", "largest"), (smallest, middle, largest)))
+    return f"height x width{of}: {', '.join(named)}"
+
+
+def _class_table(shards: ShardSet) -> str:
+    label_set, counts = shards.label_set, shards.pixel_counts
+    images = images_showing(shards.image_pixel_counts)
+    partner = {a: b for pair in label_set.flip_pairs for a, b in (pair, pair[::-1])}
+    weights = balanced_weights(counts)
+    width = max(len(name) for name in label_set.classes)
+    lines = [f"{'class':<{width}}  % of pixels   images   weight  mirrored to"]
+    for i, name in enumerate(label_set.classes):
+        share = 100 * counts[i] / max(counts.sum(), 1)
+        remark = ""
+        if i not in shards.labelled:
+            remark = "not labelled in this set: takes no part"
+        elif images[i] < min(FEW_IMAGES, SMALL_SHARE * len(shards)):
+            remark = "never occurs" if not images[i] else f"hardly any example: {images[i]} images"
+        mirrored = label_set.classes[partner[i]] if i in partner else "-"
+        lines.append(f"{name:<{width}}  {share:11.4f}  {images[i]:7d}  {weights[i]:7.2f}  {mirrored:<{width}}  {remark}".rstrip())
+    lines.append(f"loss.class_weights=[{','.join(f'{weight:.2f}' for weight in weights)}]  (what auto takes)")
+    return "\n".join(lines)
+
+
+def _sheet(shards: ShardSet, pictures: int) -> np.ndarray:
+    table = shards.label_set.flip_table()
+    rows = []
+    for i in _telling_images(shards, pictures):
+        image, label = decode(shards.read(i))
+        rows.append([image, label, image[:, ::-1], table[label[:, ::-1]]])
+    return contact_sheet(rows, ["photo", "labels", "mirrored photo", "mirrored labels"], shards.label_set, tile=176)
+
+
+def _telling_images(shards: ShardSet, count: int) -> list[int]:
+    """Images that show as many classes as possible between them."""
+    pool = np.unique(np.linspace(0, len(shards) - 1, SHEET_POOL).astype(int))
+    shown = shards.image_pixel_counts[pool] > 0
+    chosen: list[int] = []
+    missing = np.ones(shown.shape[1], bool)
+    for _ in range(min(count, len(pool))):
+        score = 100 * (shown & missing).sum(axis=1) + shown.sum(axis=1)
+        score[chosen] = -1
+        best = int(score.argmax())
+        chosen.append(best)
+        missing &= ~shown[best]
+    return [int(pool[i]) for i in chosen]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Examples to shards, one shard after the other, so that a build can be stopped, continued and shared out.
+
+A split's examples are cut into shards before anything is read. What a shard holds then depends on its own examples alone,
+and a finished shard is never touched again:
+
+    OUT/train/shard-000003.tar              under this name only when whole
+    OUT/.progress/train-shard-000003.npz    what the index needs to know of it, and what it was made from
+
+`pack` makes the shards that are missing, in any number of processes, on any number of machines; `finish` gathers what is
+known of them into the tables and the index of `data.shards`.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import DataError
+from data.parallel import map_in_order
+from data.prepare import Problem, Rules, prepare
+from data.shards import INDEX, PIXEL_COUNTS, SAMPLES, FileEntry, Index, ShardEntry, sha256
+from data.sources import RawExample
+from data.tars import SAMPLE_ROW, PackedSample, locate_members, write_tar
+
+PROGRESS = ".progress"
+FORMAT = 2  # of the shards; a build is not continued with another
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a build: its name, where it goes, and its examples in their order, cut into shards."""
+
+    name: str
+    out: Path
+    examples: list[RawExample]
+    rules: Rules
+    samples_per_shard: int
+
+    def __post_init__(self) -> None:
+        # WebDataset would take neighbours with the same key for one sample.
+        for key, count in Counter(example.key for example in self.examples).items():
+            if count > 1:
+                raise DataError(f"{self.name}: key '{key}': {count} examples have it; keys must be unique")
+
+    @cached_property
+    def shards(self) -> list["Shard"]:
+        n = self.samples_per_shard
+        return [Shard(self, i, self.examples[i * n : (i + 1) * n]) for i in range(-(-len(self.examples) // n))]
+
+
+@dataclass(frozen=True)
+class Shard:
+    split: Split
+    number: int
+    examples: list[RawExample]
+
+    @property
+    def tar(self) -> Path:
+        return self.split.out / self.split.name / f"shard-{self.number:06d}.tar"
+
+    @property
+    def record_path(self) -> Path:
+        return self.split.out / PROGRESS / f"{self.split.name}-shard-{self.number:06d}.npz"
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of what the shard is made from: rules, keys, and the names, sizes and times of the files."""
+        rules = self.split.rules
+        made_by = {
+            "format": FORMAT,
+            "masks": rules.masks.to_dict(),
+            "target": rules.target.to_dict(),
+            "table": None if rules.table is None else rules.table.tolist(),
+            "options": [rules.mask_colors, rules.keep_constant, rules.encode, rules.jpeg_quality, rules.max_side],
+            "examples": [(e.key, *_look(e.image), *_look(e.mask)) for e in self.examples],
+        }
+        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard."""
+
+    identity: str
+    entry: dict | None  # of `ShardEntry`; None: none of its examples was sound, there is no tar
+    rows: np.ndarray  # `SAMPLE_ROW` (samples,)
+    pixel_counts: np.ndarray  # uint32 (samples, classes)
+    pixels: int
+    problems: list[Problem] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def pack(shards: list[Shard], workers: int, skip: bool) -> list[Problem]:
+    """Makes those of the shards that are not made yet, and returns the problems of all of them.
+
+    With `skip` a shard is made of its sound examples. Without, one that has problems is not made; the others are.
+    """
+    problems: list[Problem] = []
+    pending = []
+    for shard in shards:
+        record = read_record(shard)
+        if record is None or (record.problems and not skip):
+            pending.append(shard)
+        else:
+            problems += record.problems
+    if not pending:
+        return problems
+    examples = [example for shard in pending for example in shard.examples]
+    done = sum(len(shard.examples) for shard in shards) - len(examples)
+    results = map_in_order(partial(prepare, rules=pending[0].split.rules), examples, workers)
+    names = "+".join(dict.fromkeys(shard.split.name for shard in pending))
+    with tqdm(results, desc=names, initial=done, total=done + len(examples), unit="image", disable=None) as stream:
+        results = iter(stream)
+        for shard in pending:
+            problems += _make(shard, islice(results, len(shard.examples)), skip)
+    return problems
+
+
+def _make(shard: Shard, results: Iterator[PackedSample | Problem], skip: bool) -> list[Problem]:
+    """Writes one shard and its record, each beside and then renamed; returns its problems."""
+    problems: list[Problem] = []
+    notes: Counter[str] = Counter()
+    counts, pixels = [], 0
+
+    def sound() -> Iterator[PackedSample]:
+        nonlocal pixels
+        for result in results:
+            if isinstance(result, Problem):
+                problems.append(result)
+                continue
+            counts.append(result.pixel_counts)
+            pixels += result.height * result.width
+            notes.update(result.notes)
+            yield result
+
+    target = shard.split.rules.target
+    shard.tar.parent.mkdir(parents=True, exist_ok=True)
+    shard.record_path.parent.mkdir(parents=True, exist_ok=True)
+    partial_tar = _beside(shard.tar)
+    try:
+        write_tar(sound(), partial_tar, target)
+        if problems and not skip:
+            return problems
+        rows, entry = np.empty(0, SAMPLE_ROW), None
+        if counts:
+            rows = locate_members(partial_tar)
+            size = partial_tar.stat().st_size
+            entry = {"file": shard.tar.name, "bytes": size, "sha256": sha256(partial_tar), "samples": len(rows)}
+            os.replace(partial_tar, shard.tar)
+    finally:
+        partial_tar.unlink(missing_ok=True)
+    table = np.array(counts, np.uint32).reshape(-1, target.num_classes)
+    _write_record(shard, Record(shard.identity, entry, rows, table, pixels, problems, dict(notes)))
+    return problems
+
+
+def read_record(shard: Shard) -> Record | None:
+    """What a former run left of this shard; None unless it was made whole from the very same files and rules."""
+    try:
+        with np.load(shard.record_path) as arrays:
+            facts = json.loads(str(arrays["facts"]))
+            facts["problems"] = [Problem(**problem) for problem in facts["problems"]]
+            record = Record(rows=arrays["rows"], pixel_counts=arrays["pixel_counts"], **facts)
+    except FileNotFoundError:
+        return None
+    if record.identity != shard.identity:
+        return None
+    if record.entry and not (shard.tar.is_file() and shard.tar.stat().st_size == record.entry["bytes"]):
+        return None
+    return record
+
+
+def _write_record(shard: Shard, record: Record) -> None:
+    facts = {
+        "identity": record.identity, "entry": record.entry, "pixels": record.pixels,
+        "problems": [asdict(problem) for problem in record.problems], "notes": record.notes,
+    }  # fmt: skip
+    beside = _beside(shard.record_path)
+    with beside.open("wb") as file:
+        np.savez(file, rows=record.rows, pixel_counts=record.pixel_counts, facts=np.array(json.dumps(facts)))
+    os.replace(beside, shard.record_path)
+
+
+def finish(split: Split) -> tuple[Index, Counter[str]]:
+    """Writes the tables and, last, the index of a split whose shards are all made; returns it, and the notes' counts.
+
+    Raises:
+        DataError: none of the split's examples is sound.
+    """
+    records = [read_record(shard) for shard in split.shards]
+    assert all(records), "finish before all shards were made"
+    kept = [record for record in records if record.entry]
+    if not kept:
+        raise DataError(
+            f"{split.name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction"
+        )
+    folder = split.out / split.name
+    rows = np.concatenate([record.rows for record in kept])
+    rows["shard"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
+    counts = np.concatenate([record.pixel_counts for record in kept])
+    totals = counts.sum(axis=0, dtype=np.int64)
+    index = Index(
+        label_set=split.rules.target.to_dict(),
+        labelled=_labelled(split.rules),
+        num_samples=len(rows),
+        pixel_counts=totals.tolist(),
+        ignored_pixels=sum(record.pixels for record in kept) - int(totals.sum()),
+        shards=[ShardEntry(**record.entry) for record in kept],
+        tables={"samples": _save(folder / SAMPLES, rows), "pixel_counts": _save(folder / PIXEL_COUNTS, counts)},
+    )
+    files = {shard.file for shard in index.shards} | {SAMPLES, PIXEL_COUNTS, INDEX}
+    for path in folder.iterdir():  # of killed builds, or of one with other examples
+        if path.name not in files:
+            path.unlink()
+    beside = _beside(folder / INDEX)
+    beside.write_text(json.dumps(index.model_dump(), indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, folder / INDEX)
+    return index, sum((Counter(record.notes) for record in records), Counter())
+
+
+def _labelled(rules: Rules) -> list[int]:
+    """The target's classes that some class of the raw masks becomes."""
+    if rules.table is None:
+        return list(range(rules.target.num_classes))
+    reached = {int(rules.table[i]) for i in range(rules.masks.num_classes)}
+    return sorted(reached - {rules.target.ignore_index})
+
+
+def _save(path: Path, table: np.ndarray) -> FileEntry:
+    beside = _beside(path)
+    with beside.open("wb") as file:
+        np.save(file, table)
+    os.replace(beside, path)
+    return FileEntry(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that no other process writes to."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+
+
+def _look(path: Path | None) -> tuple:
+    if path is None:
+        return (None,)
+    try:
+        status = path.stat()
+    except OSError:
+        return (str(path),)
+    return str(path), status.st_size, status.st_mtime_ns
