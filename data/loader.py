@@ -1,11 +1,10 @@
 """Positions to batches. The only state is the step: see data/order.py.
 
-Training batches are written by the worker processes straight into memory that they share with this one. Handing over
-pixels through a DataLoader's queue would cost as much as decoding them.
+Training batches are written by the worker processes straight into memory that they share with this one (data/batch.py).
 """
 
+import ctypes
 import logging
-import mmap
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import DataError
 from data.augment import AugmentConfig, draw_view
+from data.batch import Batch, BatchRing, Example
 from data.codecs import decode_image, decode_mask
 from data.mixture import Mixture
 from data.order import BatchPlan, Order, validation_positions
@@ -24,22 +24,8 @@ from data.render import IMAGE_FILL, render, resize_for_validation
 from data.shards import RawSample, ShardSet
 
 PREFETCH = 4  # batches under way for each worker
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class Batch:
-    """One micro batch; `labels` is a tensor in training, a list of arrays of the masks' own sizes in validation.
-
-    A training batch is valid until the next step's are asked for: then its memory is written anew.
-    """
-
-    keys: list[str]
-    images: torch.Tensor  # uint8 (B, 3, H, W), RGB, channels last in memory
-    labels: torch.Tensor | list[np.ndarray]  # uint8 (B, H, W) | B x uint8 (h, w)
-    seeds: torch.Tensor  # int64 (B,): dropout is drawn from these
-    pixel_counts: torch.Tensor  # int64 (B, 256): pixels of each label value
-    labelled: torch.Tensor | None = None  # bool (B, classes): which each image's masks can show; None: all
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+log = logging.getLogger("data")
 
 
 class TrainExamples(Dataset):
@@ -47,19 +33,19 @@ class TrainExamples(Dataset):
 
     def __init__(self, mixture: Mixture, order: Order, size: tuple[int, int], config: AugmentConfig) -> None:
         self.mixture, self.order, self.size, self.config = mixture, order, size, config
-        self.ring: _Ring | None = None
+        self.ring: BatchRing | None = None
 
-    def writing_to(self, ring: "_Ring") -> "TrainExamples":
+    def writing_to(self, ring: BatchRing) -> "TrainExamples":
         """A copy for one pass over the data: two at a time must not share their memory."""
         examples = copy(self)
         examples.ring = ring
         return examples
 
-    def __getitems__(self, places: list[tuple[int, int, int]]) -> list["_Example"]:
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Example]:
         """(slot, row, position) of each example of a batch -> what is not pixels."""
         return [self._make(*place) for place in places]
 
-    def _make(self, slot: int, row: int, position: int) -> "_Example":
+    def _make(self, slot: int, row: int, position: int) -> Example:
         label_set = self.mixture.label_set
         rng = self.order.generator(position)
         seed = int(rng.integers(2**63))
@@ -73,32 +59,23 @@ class TrainExamples(Dataset):
             label = _mask(raw)
             if source.table is not None:
                 label = cv2.LUT(label, source.table)
-            view = draw_view(label, self.size, self.config, rng)
+            view = draw_view(label, self.size, self.config, rng, label_set.ignore_index)
             image = _image(raw, label.shape, view.shrink)
             render(image, label, view, label_set.flip_table(), label_set.ignore_index, image_out, label_out)
         except DataError as error:
             problem = str(error)
             image_out[:], label_out[:] = IMAGE_FILL, label_set.ignore_index
-        return _Example(key, sample, member, seed, _count(label_out), problem)
-
-
-@dataclass(frozen=True)
-class _Example:
-    """What a worker tells of one example; its pixels are in the ring."""
-
-    key: str
-    sample: int
-    member: int
-    seed: int
-    pixel_counts: np.ndarray
-    problem: str | None
+        return Example(key, sample, seed, _count(label_out), self.mixture.labelled[member], problem)
 
 
 class ValidationExamples(Dataset):
-    """Sample index -> one example at the network's size with its label untouched; past the end, a wholly ignored one."""
+    """Sample index -> one example at the network's size with its label untouched; past the end, a wholly ignored one.
 
-    def __init__(self, shards: ShardSet, size: tuple[int, int]) -> None:
-        self.shards, self.size = shards, size
+    `keep_aspect` as in training: a network should be judged by pictures of the shapes that it was taught with.
+    """
+
+    def __init__(self, shards: ShardSet, size: tuple[int, int], keep_aspect: bool) -> None:
+        self.shards, self.size, self.keep_aspect = shards, size, keep_aspect
 
     def __getitem__(self, index: int) -> tuple | DataError:
         try:
@@ -108,7 +85,7 @@ class ValidationExamples(Dataset):
             return error  # raised by the loader: a worker's exception would arrive as a page of traceback
         if index >= len(self.shards):
             label = np.full_like(label, self.shards.label_set.ignore_index)
-        return sample.key, resize_for_validation(image, self.size), label
+        return sample.key, *resize_for_validation(image, self.size, self.keep_aspect), label
 
 
 def decode(sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +111,7 @@ def train_batches(
         DataError: more than `max_bad_fraction` of the samples are bad.
     """
     slots = plan.accumulation + workers * PREFETCH  # those in use, and those that the workers may be writing
-    ring = _Ring(slots, plan.micro_batch_size, examples.size)
+    ring = BatchRing(slots, plan.micro_batch_size, examples.size)
     examples = examples.writing_to(ring)
     if pin_memory:
         ring.pin()
@@ -143,7 +120,7 @@ def train_batches(
         batch_sampler=_Places(plan, first_step, last_step, slots),
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,  # others would not share the ring
     )
@@ -157,7 +134,7 @@ def train_batches(
             for example in told:
                 if example.problem:
                     bad.add(example.sample, example.problem)
-            micro_batches.append(ring.batch(count % slots, told, examples.mixture))
+            micro_batches.append(ring.batch(count % slots, told))
             count += 1
         yield micro_batches
 
@@ -170,42 +147,12 @@ def validation_batches(
     positions = validation_positions(len(examples.shards), rank, world_size)
     batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
     loader = DataLoader(
-        examples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_one_thread
+        examples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
-
-
-class _Ring:
-    """The pixels of some batches, in memory that forked workers share with this process.
-
-    Anonymous memory, not /dev/shm: containers often have 64 MB of that.
-    """
-
-    def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
-        pixels = slots * batch_size * size[0] * size[1]
-        self._memory = np.frombuffer(mmap.mmap(-1, 4 * pixels), np.uint8)
-        self.images = self._memory[: 3 * pixels].reshape(slots, batch_size, *size, 3)
-        self.labels = self._memory[3 * pixels :].reshape(slots, batch_size, *size)
-
-    def pin(self) -> None:
-        """Lets the GPU copy from it while this process goes on."""
-        status = torch.cuda.cudart().cudaHostRegister(self._memory.ctypes.data, self._memory.nbytes, 0)
-        if int(status) != 0:
-            log.warning("the loader's memory could not be pinned (CUDA error %d): copies to the GPU will wait", status)
-
-    def batch(self, slot: int, told: list[_Example], mixture: Mixture) -> Batch:
-        labelled = mixture.labelled[[example.member for example in told]]
-        return Batch(
-            keys=[example.key for example in told],
-            images=torch.from_numpy(self.images[slot]).permute(0, 3, 1, 2),
-            labels=torch.from_numpy(self.labels[slot]),
-            seeds=torch.tensor([example.seed for example in told], dtype=torch.int64),
-            pixel_counts=torch.from_numpy(np.stack([example.pixel_counts for example in told])),
-            labelled=None if mixture.labelled.all() else torch.from_numpy(labelled),
-        )
 
 
 @dataclass(frozen=True)
@@ -271,15 +218,20 @@ def _collate(items: list[tuple | DataError]) -> Batch | DataError:
     for item in items:
         if isinstance(item, DataError):
             return item
-    keys, images, labels = zip(*items, strict=True)
+    keys, images, places, labels = zip(*items, strict=True)
     return Batch(
         keys=list(keys),
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
         labels=list(labels),
         seeds=torch.zeros(len(keys), dtype=torch.int64),
         pixel_counts=torch.from_numpy(np.stack([_count(label) for label in labels])),
+        places=list(places),
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
+    # glibc gives each freed image back to the system, and the pages of the next one are cleared anew: up to 5 ms an image.
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)

@@ -47,9 +47,17 @@ def render(
         _fill_outside(out_image, view, IMAGE_FILL)
 
 
-def resize_for_validation(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 (h, w, 3) -> (H, W, 3), bilinear, the aspect ratio not kept (as the original evaluates)."""
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+def resize_for_validation(image: np.ndarray, size: tuple[int, int], keep_aspect: bool) -> tuple[np.ndarray, Box]:
+    """RGB uint8 (h, w, 3) -> (H, W, 3), bilinear, and where in it the image lies: in the middle, the rest being
+    IMAGE_FILL, if its shape is kept; else everywhere (as the original evaluates)."""
+    height, width = size
+    if keep_aspect:
+        ratio = min(height / image.shape[0], width / image.shape[1])
+        height, width = max(1, round(image.shape[0] * ratio)), max(1, round(image.shape[1] * ratio))
+    place = Box((size[1] - width) // 2, (size[0] - height) // 2, width, height)
+    out = np.full((*size, 3), IMAGE_FILL, np.uint8)
+    cv2.resize(image, (width, height), dst=place.of(out), interpolation=cv2.INTER_LINEAR)
+    return out, place
 
 
 def _shrunk_by(image: np.ndarray, label: np.ndarray) -> int:

@@ -86,10 +86,13 @@ class ShardSet:
         self.shard_starts = np.cumsum([0, *(shard.samples for shard in index.shards)])[:-1]
         self.fingerprint = fingerprint
         self._index, self._files = index, files
+        self._lost: dict[int, str] = {}  # shards that could not be fetched, and why
         self._rows = files.table(index, "samples", SAMPLE_ROW, (index.num_samples,))
         self.image_pixel_counts  # noqa: B018  told now if it is damaged
         # Unbuffered file objects rather than descriptors: one that leaves the cache closes once nobody reads from it.
-        self._file = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: FileIO(files.path(index.shards[shard])))
+        # Remote ones are opened for each read: a file that its cache deleted takes up disk for as long as it is open.
+        held = 0 if files.remote else MAX_OPEN_SHARDS
+        self._file = lru_cache(maxsize=held)(lambda shard: FileIO(files.path(index.shards[shard])))
 
     @classmethod
     def open(cls, location: str | Path, cache: FileCache | None = None) -> "ShardSet":
@@ -148,6 +151,8 @@ class ShardSet:
             raise DataError(f"{where} has a damaged json member; build the set again") from None
 
     def _read_spans(self, shard: int, spans: list[tuple[int, int]], where: str) -> list[bytes]:
+        if shard in self._lost:
+            raise DataError(self._lost[shard])
         for attempt in range(READ_TRIES):
             try:
                 file = self._file(shard)  # held until it was read: another thread may push it out of the cache
@@ -156,6 +161,9 @@ class ShardSet:
                 reason = error.strerror
                 self._file.cache_clear()  # a descriptor of a network file system may have become stale
                 time.sleep(0.2 * attempt)
+            except DataError as error:
+                self._lost[shard] = str(error)  # it was tried for a minute; not again for each of its samples
+                raise
         raise DataError(f"{where} cannot be read ({reason}, {READ_TRIES} tries); check the disk")
 
     def verify(self) -> list[str]:

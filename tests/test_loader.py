@@ -92,7 +92,7 @@ def test_batch_tells_its_label_counts(shards):
 
 @pytest.mark.parametrize("world", [1, 2, 4, 12])
 def test_validation_shows_each_image_once_with_its_own_label(shards, world):
-    examples = ValidationExamples(ShardSet.open(shards / "val"), SIZE)
+    examples = ValidationExamples(ShardSet.open(shards / "val"), SIZE, keep_aspect=False)
     seen, lengths = [], []
     for rank in range(world):
         batches = list(validation_batches(examples, 2, rank, world, workers=0))

@@ -37,6 +37,7 @@ def evaluate(
     batch_size: int = 4,
     workers: int = 0,
     pictures: int = 8,
+    keep_aspect: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Scores, Rows]:
@@ -44,6 +45,7 @@ def evaluate(
 
     Args:
         forward: uint8 images (B, 3, H, W) on `device` -> logits (B, C, h, w).
+        keep_aspect: whether images are padded to the input's shape, as in training; else they are stretched.
     Returns:
         The scores, and for this rank's first `pictures` images [photo, truth, prediction] for `contact_sheet`.
     """
@@ -51,12 +53,17 @@ def evaluate(
     matrix = ConfusionMatrix(label_set.num_classes, label_set.ignore_index, device)
     indices = iter(validation_positions(len(shards), rank, world_size))
     rows: Rows = []
-    for batch in validation_batches(ValidationExamples(shards, image_size), batch_size, rank, world_size, workers):
+    examples = ValidationExamples(shards, image_size, keep_aspect)
+    for batch in validation_batches(examples, batch_size, rank, world_size, workers):
         check_labels(batch.pixel_counts, label_set)
         logits = forward(batch.images.to(device))
-        for image_logits, label in zip(logits, batch.labels, strict=True):
+        for image_logits, label, place in zip(logits, batch.labels, batch.places, strict=True):
             # One image at a time: full-size logits of a whole batch of photos would not fit.
-            prediction = F.interpolate(image_logits[None].float(), label.shape, mode="bilinear").argmax(1)[0]
+            image_logits = image_logits[None].float()
+            if (place.height, place.width) != tuple(image_size):
+                at_input = F.interpolate(image_logits, image_size, mode="bilinear")
+                image_logits = place.of(at_input.movedim(1, -1)[0]).movedim(-1, 0)[None]
+            prediction = F.interpolate(image_logits, label.shape, mode="bilinear").argmax(1)[0]
             matrix.update(prediction, torch.from_numpy(label).to(device))
             index = next(indices)
             if len(rows) < pictures and index < len(shards):
@@ -101,7 +108,10 @@ def main() -> None:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    scores, rows = evaluate(model, shards, model.image_size, device, args.batch_size, args.workers, args.pictures)
+    scores, rows = evaluate(
+        model, shards, model.image_size, device, args.batch_size, args.workers, args.pictures,
+        metadata.get("keep_aspect", False),
+    )  # fmt: skip
     output = args.output or args.weights.with_name(f"{args.weights.stem}_{Path(args.data).name}.png")
     print(report(scores, rows, shards, output)[0])
     if rows:

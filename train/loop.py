@@ -103,7 +103,7 @@ def _validate(
     engine.eval()
     scores, rows = evaluate(
         engine, val, config.model.image_size, job.device, config.evaluate.batch_size, config.data.workers,
-        config.evaluate.pictures if job.is_main else 0, job.rank, job.world_size,
+        config.evaluate.pictures if job.is_main else 0, config.augment.keep_aspect, job.rank, job.world_size,
     )  # fmt: skip
     engine.train()
     if tracker is None:
@@ -138,6 +138,7 @@ def _metadata(config: Config, train: Mixture, state: RunState) -> dict:
         "arch": config.model.arch,
         "image_size": list(config.model.image_size),
         "patch_padding": config.model.patch_padding,
+        "keep_aspect": config.augment.keep_aspect,
         "num_classes": train.label_set.num_classes,
         "label_set": train.label_set.to_dict(),
         "origin": state.origin,

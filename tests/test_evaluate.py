@@ -1,0 +1,62 @@
+"""Scores at each mask's own resolution, for images of other shapes than the network's input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data.build_shards import main
+from data.labels import LabelSet
+from data.shards import ShardSet
+from train.evaluate import evaluate
+
+COLORS = ((0, 0, 0), (250, 0, 0), (0, 250, 0), (0, 0, 250))
+PAINTED = LabelSet("painted", ("black", "red", "green", "blue"), COLORS, ())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    """Images whose colours are their labels, of many shapes."""
+    root: Path = tmp_path_factory.mktemp("painted")
+    for sub in ("images", "masks"):
+        (root / sub).mkdir()
+    for i, (height, width) in enumerate([(64, 48), (48, 64), (200, 50), (40, 190), (37, 91)]):
+        mask = np.zeros((height, width), np.uint8)
+        mask[: height // 3], mask[:, -width // 4 :], mask[-height // 5 :, : width // 2] = 1, 2, 3
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        Image.fromarray(np.uint8(COLORS)[mask]).save(root / "images" / f"{i}.png")
+    (root / "set.yaml").write_text(yaml.safe_dump(PAINTED.to_dict()))
+    arguments = ["--dataset", "pairs", "--root", root, "--out", root / "out", "--label-set", root / "set.yaml"]
+    assert main([str(a) for a in [*arguments, "--val-fraction", 0, "--workers", 1]]) == 0
+    return ShardSet.open(root / "out" / "train")
+
+
+def by_color(images: torch.Tensor) -> torch.Tensor:
+    """A perfect network, at half its input's resolution."""
+    colors = torch.tensor(COLORS, dtype=torch.float32)
+    distances = (images.float()[:, None] - colors[None, :, :, None, None]).abs().sum(2)
+    return torch.nn.functional.avg_pool2d(-distances, 2)
+
+
+@pytest.mark.parametrize("keep_aspect", [True, False])
+def test_a_perfect_network_scores_so_whatever_the_shapes(shards, keep_aspect):
+    scores, rows = evaluate(by_color, shards, (256, 192), torch.device("cpu"), batch_size=2, keep_aspect=keep_aspect)
+    assert scores.miou > 0.97 and len(rows) == 5
+    assert all(prediction.shape == label.shape == image.shape[:2] for image, label, prediction in rows)
+
+
+def test_the_network_sees_shapes_as_asked(shards):
+    seen = []
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        seen.append((images == torch.tensor([124, 116, 104])[:, None, None]).all(1).float().mean((1, 2)))
+        return by_color(images)
+
+    for keep_aspect in (True, False):
+        evaluate(look, shards, (256, 192), torch.device("cpu"), batch_size=5, keep_aspect=keep_aspect)
+    # height / width 4/3, 3/4, 4, 4/19, 37/91 in an input of 4/3
+    expected = [1 - min(r, 1 / r) for r in (1, (3 / 4) / (4 / 3), 3, (4 / 19) / (4 / 3), (37 / 91) / (4 / 3))]
+    assert seen[0].tolist() == pytest.approx(expected, abs=0.01) and seen[1].max() == 0
