@@ -145,6 +145,7 @@ def _make(shard: Shard, results: Iterator[PackedSample | Problem], skip: bool) -
     target = shard.split.rules.target
     shard.tar.parent.mkdir(parents=True, exist_ok=True)
     shard.record_path.parent.mkdir(parents=True, exist_ok=True)
+    shard.record_path.unlink(missing_ok=True)  # of other files or rules; it must not outlive its tar
     partial_tar = _beside(shard.tar)
     try:
         write_tar(sound(), partial_tar, target)
