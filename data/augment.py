@@ -38,8 +38,8 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid"):
     @field_validator("scale", "blur_sigma", "noise_sigma")
     @classmethod
     def _a_range(cls, pair: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < pair[0] <= pair[1] < np.inf:
-            raise ValueError(f"{list(pair)} is no range; write [low, high] with 0 < low <= high")
+        if not 0 < pair[0] <= pair[1] <= 255:
+            raise ValueError(f"{list(pair)} is no range; write [low, high] with 0 < low <= high <= 255")
         return pair
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from data import DataError
 from data.labels import LabelSet, load_label_set
 from data.mapping import load_label_map
-from data.packing import PROGRESS, Split, finish, pack
+from data.packing import PROGRESS, SPLITS, Split, claim, finish, pack
 from data.prepare import KINDS, NOTES, Problem, Rules
-from data.shards import INDEX, Index
+from data.shards import Index
 from data.sources import SOURCES, Pairs, RawExample
 
 REPORT = "build_report.json"
@@ -43,8 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenProcessPool:
         print("error: a worker process died, probably for want of memory; try fewer --workers", file=sys.stderr)
         return 2
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of the output: what is wrong with raw files is a Problem
+        where = error.filename or args.out
+        print(f"error: {where}: {error.strerror}; free space, or choose another --out, then go on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -59,36 +63,32 @@ def build(args: argparse.Namespace) -> None:
         DataError: bad arguments, no examples, a finished build in OUT, or refused problems.
     """
     start = time.perf_counter()
-    if args.out.exists() and not args.out.is_dir():
-        raise DataError(f"{args.out}: is a file; name a folder with --out")
-    if any((args.out / name / INDEX).exists() for name in ("train", "val")) and not (args.out / PROGRESS).exists():
-        raise DataError(f"{args.out}: already built; delete it or choose another --out")
     rules = _rules(args)
-    for warning in rules.target.warnings():
-        print(f"warning: {warning}")
     examples = _source(args).examples(args.root)[: args.limit]
     parts = split_examples(examples, args.val_fraction)
     splits = [Split(name, args.out, part, rules, args.samples_per_shard) for name, part in parts.items()]
+    claim(args.out, (path for example in examples for path in (example.image, example.mask) if path))
     number, parts_count = args.part
     shards = [shard for split in splits for shard in split.shards][number - 1 :: parts_count]
     problems = pack(shards, args.workers, skip=args.on_error == "skip")
     refused = problems and args.on_error == "refuse"
     indices, notes = {}, Counter()
-    if parts_count == 1 and not refused:
-        for split in splits:
-            indices[split.name], found = finish(split)
-            notes += found
-        shutil.rmtree(args.out / PROGRESS)
-    if parts_count == 1:
-        _write_report(args, len(examples), indices, problems, notes)
-    _print_findings(problems, notes, args.out / REPORT)
+    report = args.out / (REPORT if parts_count == 1 else f"{PROGRESS}/part-{number}-of-{parts_count}.json")
+    try:
+        if parts_count == 1 and not refused:
+            indices, notes = finish(splits)
+    finally:
+        _write_report(report, args, len(examples), indices, problems, notes)
+        _print_findings(problems, notes, report)
+    if indices:
+        shutil.rmtree(args.out / PROGRESS)  # from now on the build is finished
     if refused:
         raise DataError(
             f"{args.root}: {len(problems)} of {sum(len(shard.examples) for shard in shards)} examples have problems, no "
             "index was written; repair or delete them and run again, or build without them: --on-error skip"
         )
     if parts_count > 1:
-        print(f"part {number}/{parts_count}: {len(shards)} shards are made; once all parts are, the same without --part ends it")
+        print(f"part {number}/{parts_count}: {len(shards)} shards are made; the same without --part ends the build")
         return
     _print_summary(indices, rules.target, args, time.perf_counter() - start)
 
@@ -100,7 +100,9 @@ def split_examples(examples: list[RawExample], val_fraction: float | None) -> di
     hashes validate, so that adding examples to a set leaves nearly all of the others where they were.
     """
     if val_fraction is None and all(example.split for example in examples):
-        chosen = {name: [e for e in examples if e.split == name] for name in ("train", "val")}
+        chosen = {name: [e for e in examples if e.split == name] for name in SPLITS}
+        if not chosen["train"]:
+            raise DataError("--root: all examples are of its val split; --val-fraction 0 makes training data of them")
         return {name: part for name, part in chosen.items() if part}
     count = min(round(len(examples) * (VAL_FRACTION if val_fraction is None else val_fraction)), len(examples) - 1)
     by_hash = sorted(examples, key=lambda example: hashlib.sha256(example.key.encode()).digest())
@@ -126,11 +128,14 @@ def _rules(args: argparse.Namespace) -> Rules:
     if name is None:
         raise DataError(f"--dataset {args.dataset}: has no label set of its own; name one with --label-set")
     masks = target = load_label_set(name)
-    table = None
+    warnings, table = masks.warnings(), None
     if args.label_map:
         label_map = load_label_map(args.label_map)
         target = label_map.target_set()
         table = label_map.table(masks, target)
+        warnings += label_map.warnings() + target.warnings()
+    for warning in warnings:
+        print(f"warning: {warning}")
     if args.mask_colors:
         masks.ids_by_color()  # raises where two classes share a colour
     return Rules(
@@ -140,8 +145,9 @@ def _rules(args: argparse.Namespace) -> Rules:
 
 
 def _write_report(
-    args: argparse.Namespace, examples: int, indices: dict[str, Index], problems: list[Problem], notes: Counter[str]
-) -> None:
+    path: Path, args: argparse.Namespace, examples: int, indices: dict[str, Index], problems: list[Problem],
+    notes: Counter[str],
+) -> None:  # fmt: skip
     report = {
         "dataset": args.dataset,
         "root": str(args.root),
@@ -154,8 +160,7 @@ def _write_report(
             for kind, found in _by_kind(problems)
         },
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _by_kind(problems: list[Problem]) -> list[tuple[str, list[Problem]]]:
@@ -190,7 +195,8 @@ def _print_summary(indices: dict[str, Index], label_set: LabelSet, args: argpars
     if "val" not in indices and args.val_fraction != 0:
         print("no val split: the data set has none here, or its share of so few examples is none; see --val-fraction")
     folders = {name: shlex.quote(str(args.out / name)) if name in indices else "null" for name in ("train", "val")}
-    print(f"{seconds:.1f} s with {args.workers} workers; look at it with:  python -m data.inspect {shlex.quote(str(args.out))}")
+    print(f"{seconds:.1f} s with {args.workers} workers; look at it:")
+    print(f"  python -m data.inspect {shlex.quote(str(args.out))}")
     print("then train:")
     print(f"  {NEXT} data.train={folders['train']} data.val={folders['val']} output_dir=outputs/{args.out.name}")
 

@@ -45,22 +45,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def inspect(shards: ShardSet, args: argparse.Namespace) -> bool:
     """Prints and draws one split; returns whether its files are what they were when packed."""
+    problems = [] if args.no_checksums else shards.verify()
+    for problem in problems:
+        print(f"damaged: {problem}")
     megabytes = sum(shards.shard_sizes()) / 1e6
     print(f"{shards.location}: {len(shards)} images in {len(shards.shard_starts)} shards, {megabytes:.1f} MB")
-    print(_sizes(shards))
+    if not problems:
+        print(_sizes(shards))
     print(_class_table(shards))
     for warning in shards.label_set.warnings():
         print(f"warning: {warning}")
-    if args.pictures:
+    if args.pictures > 0 and not problems:
         path = args.output / f"inspect_{Path(shards.location).parent.name}_{Path(shards.location).name}.png"
         save_png(path, _sheet(shards, args.pictures))
         print(f"contact sheet  {os.path.relpath(path)}")
-    if args.no_checksums:
-        return True
-    problems = shards.verify()
-    for problem in problems:
-        print(f"damaged: {problem}")
-    if not problems:
+    if not problems and not args.no_checksums:
         print("checksums: all files are what they were when packed")
     print()
     return not problems
@@ -75,9 +74,10 @@ def _sizes(shards: ShardSet) -> str:
     chosen = np.unique(np.linspace(0, len(shards) - 1, SIZES_READ).astype(int))
     sizes = np.array([(meta["height"], meta["width"]) for meta in (shards.read(int(i)).meta for i in chosen)])
     area = sizes.prod(axis=1)
-    smallest, middle, largest = (sizes[np.argsort(area)[i]] for i in (0, len(area) // 2, -1))
+    by_area = sizes[np.argsort(area)]
     of = "" if len(chosen) == len(shards) else f" of {len(chosen)} looked at"
-    named = (f"{name} {height}x{width}" for name, (height, width) in zip(("smallest", "median", "largest"), (smallest, middle, largest)))
+    places = {"smallest": 0, "median": len(area) // 2, "largest": -1}
+    named = (f"{name} {by_area[i][0]}x{by_area[i][1]}" for name, i in places.items())
     return f"height x width{of}: {', '.join(named)}"
 
 
@@ -96,7 +96,8 @@ def _class_table(shards: ShardSet) -> str:
         elif images[i] < min(FEW_IMAGES, SMALL_SHARE * len(shards)):
             remark = "never occurs" if not images[i] else f"hardly any example: {images[i]} images"
         mirrored = label_set.classes[partner[i]] if i in partner else "-"
-        lines.append(f"{name:<{width}}  {share:11.4f}  {images[i]:7d}  {weights[i]:7.2f}  {mirrored:<{width}}  {remark}".rstrip())
+        numbers = f"{share:11.4f}  {images[i]:7d}  {weights[i]:7.2f}"
+        lines.append(f"{name:<{width}}  {numbers}  {mirrored:<{width}}  {remark}".rstrip())
     lines.append(f"loss.class_weights=[{','.join(f'{weight:.2f}' for weight in weights)}]  (what auto takes)")
     return "\n".join(lines)
 

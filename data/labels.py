@@ -93,11 +93,23 @@ class LabelSet:
             yield "class_weights", f"{list(weights)} must be finite, none below 0, and not all 0"
 
     def warnings(self) -> list[str]:
-        """What is allowed and still looks wrong: one line for each class whose name carries a side (left, right, l, r)
-        but which is in no flip pair. Mirrored images would teach the network the wrong side."""
+        """What is allowed and still looks wrong, one line each: a class whose name carries a side (left, right, l, r) but
+        which is in no flip pair, so that mirrored images would teach the wrong side; and where others carry sides, a pair
+        that carries none."""
         paired = {i for pair in self.flip_pairs for i in pair}
         words = [_words(name) for name in self.classes]
-        lines = []
+        lines, of = [], f"label set {self.name!r}"
+        lower = [name.lower() for name in self.classes]
+        for i, name in enumerate(lower):  # "lefteye": too short of limits to be sure, but it has its like
+            other = name.replace("left", "right")
+            if i not in paired and side_of(self.classes[i]) is None and other != name and other in lower:
+                pair = sorted((i, lower.index(other)))
+                lines.append(f"{of}: {self.classes[i]!r} ({i}) is in no flip pair; add {pair} to flip_pairs")
+        if any(map(side_of, self.classes)):
+            for a, b in self.flip_pairs:
+                if side_of(self.classes[a]) is None:
+                    names = f"{self.classes[a]!r} ({a}) and {self.classes[b]!r} ({b})"
+                    lines.append(f"{of}: {names} change places in a mirror, but carry no side; check the ids")
         for i, name in enumerate(self.classes):
             mirrored = _mirrored(words[i])
             if i in paired or mirrored == words[i]:
@@ -106,7 +118,7 @@ class LabelSet:
             if mirrored in words:
                 partner = words.index(mirrored)
                 remedy = f"its other side is {self.classes[partner]!r}; add {sorted((i, partner))} to flip_pairs"
-            lines.append(f"label set {self.name!r}: {name!r} ({i}) carries a side but is in no flip pair: {remedy}")
+            lines.append(f"{of}: {name!r} ({i}) carries a side but is in no flip pair: {remedy}")
         return lines
 
     @property
@@ -208,6 +220,11 @@ def first_problem(error: ValidationError) -> str:
     found = repr(first["input"])
     more = f" (and {len(others)} more)" if others else ""
     return f"{f'key {key!r}: ' if key else ''}{reason}, found {found if len(found) < 60 else found[:56] + ' ...'}{more}"
+
+
+def side_of(name: str) -> str | None:
+    """ "left" or "right", where one of a class name's words is that (or l, r)."""
+    return next((word for word in _words(name) if word in MIRRORED), None)
 
 
 def _words(name: str) -> tuple[str, ...]:

@@ -130,7 +130,12 @@ def train_batches(
     for _ in range(first_step, last_step):
         micro_batches = []
         for _ in range(plan.accumulation):
-            told = next(made)
+            try:
+                told = next(made)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(f"{error}; probably for want of memory: lower data.workers") from None
             for example in told:
                 if example.problem:
                     bad.add(example.sample, example.problem)
@@ -207,7 +212,7 @@ def _image(sample: RawSample, shape: tuple[int, int], shrink: int = 1) -> np.nda
 
 
 def _damaged(sample: RawSample, what: str, reason: object) -> DataError:
-    return DataError(f"sample {sample.key}: its {what} is damaged in its shard ({reason}); build the shards again")
+    return DataError(f"{sample.where} ({sample.key}): its {what} is damaged ({reason}); build the shards again")
 
 
 def _count(label: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 The package's own maps lie in `data/label_maps`, one YAML file each; a user's file has the same keys.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data import DataError
-from data.labels import LabelSet, first_problem, load_label_set
+from data.labels import LabelSet, first_problem, load_label_set, side_of
 from data.yaml_files import read_yaml
 
 LABEL_MAPS = Path(__file__).parent / "label_maps"
@@ -65,14 +65,14 @@ class LabelMap:
             )
         return table
 
-    def labelled(self, source: LabelSet, target: LabelSet) -> tuple[int, ...]:
-        """The target's ids that some source class becomes, sorted; the other classes have no label in mapped data.
-
-        Raises:
-            DataError: as `table`.
-        """
-        ids = np.unique(self.table(source, target)[: source.num_classes])
-        return tuple(ids[ids != target.ignore_index].tolist())
+    def warnings(self) -> list[str]:
+        """One line for each class that changes sides by name. It is right between sets that mean the photo's left and
+        the person's left; else every left becomes a right."""
+        return [
+            f"{self.file or f'label map {self.name!r}'}: key 'map.{name}': {name!r} becomes {mapped!r}, of the other side"
+            for name, mapped in self.pairs.items()
+            if mapped and side_of(name) and side_of(mapped) and side_of(name) != side_of(mapped)
+        ]
 
     def _problems(self, source: LabelSet, target: LabelSet) -> Iterator[tuple[str, str]]:
         """Yields (key, what is wrong with it)."""
@@ -88,6 +88,11 @@ class LabelMap:
         if missing := [name for name in source.classes if name not in self.pairs]:
             names = ", ".join(map(repr, missing))
             yield "map", f"leaves out {names} of {source.name!r}; add a line for each, with null to ignore its pixels"
+
+
+def reached(table: np.ndarray, classes: Iterable[int], target: LabelSet) -> tuple[int, ...]:
+    """The ids of `target` that these source classes become through `LabelMap.table`, sorted: all that mapped masks show."""
+    return tuple(sorted({int(table[i]) for i in classes} - {target.ignore_index}))
 
 
 def load_label_map(name_or_path: str | Path) -> LabelMap:

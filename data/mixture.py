@@ -5,15 +5,15 @@ images teach neither that class nor that their pixels are something else (`Membe
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, Field, PositiveFloat
+from pydantic import BaseModel, Field
 
 from data import DataError
 from data.labels import LabelSet
-from data.mapping import load_label_map
+from data.mapping import load_label_map, reached
 from data.order import Order
 from data.remote import FileCache
 from data.shards import RawSample, ShardSet
@@ -26,7 +26,7 @@ class MixtureEntry(BaseModel, frozen=True, extra="forbid"):
     """One shard set of a mixture."""
 
     path: str = Field(description="folder or URL of a split, holds index.json")
-    weight: PositiveFloat = Field(1.0, description="times that each of its samples comes in an epoch, on average")
+    weight: float = Field(1.0, gt=0, le=1000, description="times that each of its samples comes in an epoch, on average")
     label_map: str | None = Field(None, description="name or YAML file: brings its classes to those of the others")
 
 
@@ -104,7 +104,7 @@ class Mixture:
             rare_share: images with a class that fewer than this share of all images show come more often: repeat factor
                 sampling, by the root of rare_share / share, at most `MAX_REPEAT` times. None: no.
         """
-        starts = np.concatenate([m.shards.shard_starts + start for m, start in zip(self.members, self._starts)])
+        starts = np.concatenate([m.shards.shard_starts + start for m, start in zip(self.members, self._starts[:-1], strict=True)])
         return Order(len(self), seed, window, starts, self._repeats(rare_share))
 
     def _repeats(self, rare_share: float | None) -> np.ndarray | None:
@@ -120,9 +120,9 @@ class Mixture:
                 repeats[rows] *= np.where(present, factors, 1.0).max(axis=1)
         return repeats
 
-    def _presence(self):
+    def _presence(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields (slice of samples, bool (samples, classes): the class is in the image), some thousand at a time."""
-        for member, start in zip(self.members, self._starts):
+        for member, start in zip(self.members, self._starts[:-1], strict=True):
             for first in range(0, len(member.shards), ROWS_AT_A_TIME):
                 # Asked for anew each time: a large set's table, once read, would count as this process's memory.
                 rows = member.shards.image_pixel_counts[first : first + ROWS_AT_A_TIME]
@@ -140,5 +140,4 @@ def _member(entry: MixtureEntry, shards: ShardSet, label_set: LabelSet) -> Membe
         return Member(shards, entry.weight, None, shards.labelled)
     label_map = load_label_map(entry.label_map)
     table = label_map.table(shards.label_set, label_set)
-    reached = {int(table[i]) for i in shards.labelled} - {label_set.ignore_index}
-    return Member(shards, entry.weight, table, tuple(sorted(reached)))
+    return Member(shards, entry.weight, table, reached(table, shards.labelled, label_set))

@@ -48,7 +48,7 @@ class Order:
     def generator(self, position: int) -> np.random.Generator:
         """The random numbers of that position's augmentation and dropout; no other source of chance may be used."""
         epoch, offset = divmod(position, self.epoch_length)
-        return np.random.default_rng((self.seed, epoch, offset))
+        return np.random.default_rng((self.seed, epoch, offset, 1))  # 1: else offset 0 would be the shuffle's stream
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """uint32 (epoch_length,): the epoch's samples in their order."""

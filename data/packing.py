@@ -6,25 +6,29 @@ and a finished shard is never touched again:
     OUT/train/shard-000003.tar              under this name only when whole
     OUT/.progress/train-shard-000003.npz    what the index needs to know of it, and what it was made from
 
+A build begins by `claim`, which takes the indices of an unfinished one away: while shards change, no index tells of them.
 `pack` makes the shards that are missing, in any number of processes, on any number of machines; `finish` gathers what is
-known of them into the tables and the index of `data.shards`.
+known of them into the tables and, last, the indices of `data.shards`. Files by other names are never touched.
 """
 
 import hashlib
 import json
 import os
+import re
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from data import DataError
+from data.mapping import reached
 from data.parallel import map_in_order
 from data.prepare import Problem, Rules, prepare
 from data.shards import INDEX, PIXEL_COUNTS, SAMPLES, FileEntry, Index, ShardEntry, sha256
@@ -32,6 +36,8 @@ from data.sources import RawExample
 from data.tars import SAMPLE_ROW, PackedSample, locate_members, write_tar
 
 PROGRESS = ".progress"
+SPLITS = ("train", "val")
+OWN = re.compile(r"\.?(shard-\d{6}\.tar|samples\.npy|pixel_counts\.npy|index\.json)(\..+)?")
 FORMAT = 2  # of the shards; a build is not continued with another
 
 
@@ -97,6 +103,29 @@ class Record:
     pixels: int
     problems: list[Problem] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+
+
+def claim(out: Path, raw: Iterable[Path]) -> None:
+    """Makes OUT ready to be built into, be it new or an unfinished build's.
+
+    Args:
+        raw: the files to be packed.
+
+    Raises:
+        DataError: a finished build is there, or other files are, where the shards go.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; name a folder with --out")
+    if not (out / PROGRESS).exists() and any((out / name / INDEX).exists() for name in SPLITS):
+        raise DataError(f"{out}: already built; delete it or choose another --out")
+    folders = {(out / name).absolute() for name in SPLITS}
+    foreign = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if not OWN.fullmatch(path.name)]
+    foreign += [path for path in {path.parent.absolute() for path in raw} if folders & {path, *path.parents}]
+    if foreign:
+        raise DataError(f"{min(foreign)}: not a file of a shard set, but it lies where the shards go; choose another --out")
+    (out / PROGRESS).mkdir(parents=True, exist_ok=True)
+    for name in SPLITS:
+        (out / name / INDEX).unlink(missing_ok=True)
 
 
 def pack(shards: list[Shard], workers: int, skip: bool) -> list[Problem]:
@@ -171,7 +200,7 @@ def read_record(shard: Shard) -> Record | None:
             facts = json.loads(str(arrays["facts"]))
             facts["problems"] = [Problem(**problem) for problem in facts["problems"]]
             record = Record(rows=arrays["rows"], pixel_counts=arrays["pixel_counts"], **facts)
-    except FileNotFoundError:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):  # none, or damaged
         return None
     if record.identity != shard.identity:
         return None
@@ -191,49 +220,57 @@ def _write_record(shard: Shard, record: Record) -> None:
     os.replace(beside, shard.record_path)
 
 
-def finish(split: Split) -> tuple[Index, Counter[str]]:
-    """Writes the tables and, last, the index of a split whose shards are all made; returns it, and the notes' counts.
+def finish(splits: list[Split]) -> tuple[dict[str, Index], Counter[str]]:
+    """Writes the tables and, last, the indices of splits whose shards are all made; returns them, and the notes' counts.
 
     Raises:
-        DataError: none of the split's examples is sound.
+        DataError: none of a split's examples is sound.
     """
-    records = [read_record(shard) for shard in split.shards]
-    assert all(records), "finish before all shards were made"
-    kept = [record for record in records if record.entry]
-    if not kept:
-        raise DataError(
-            f"{split.name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction"
-        )
+    records = {split.name: [read_record(shard) for shard in split.shards] for split in splits}
+    for name, made in records.items():
+        assert all(made), "finish before all shards were made"
+        if not any(record.entry for record in made):
+            raise DataError(
+                f"{name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction"
+            )
+    indices = {split.name: _write_tables(split, [r for r in records[split.name] if r.entry]) for split in splits}
+    out = splits[0].out
+    for name in SPLITS:
+        _remove_left_overs(out / name, indices.get(name))
+    for name, index in indices.items():
+        path = out / name / INDEX
+        _beside(path).write_text(json.dumps(index.model_dump(), indent=1) + "\n", encoding="utf-8")
+        os.replace(_beside(path), path)
+    return indices, sum((Counter(record.notes) for made in records.values() for record in made), Counter())
+
+
+def _write_tables(split: Split, records: list[Record]) -> Index:
     folder = split.out / split.name
-    rows = np.concatenate([record.rows for record in kept])
-    rows["shard"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
-    counts = np.concatenate([record.pixel_counts for record in kept])
+    rows = np.concatenate([record.rows for record in records])
+    rows["shard"] = np.repeat(np.arange(len(records)), [len(record.rows) for record in records])
+    counts = np.concatenate([record.pixel_counts for record in records])
     totals = counts.sum(axis=0, dtype=np.int64)
-    index = Index(
-        label_set=split.rules.target.to_dict(),
-        labelled=_labelled(split.rules),
+    rules = split.rules
+    classes = range(rules.masks.num_classes)
+    return Index(
+        label_set=rules.target.to_dict(),
+        labelled=list(classes if rules.table is None else reached(rules.table, classes, rules.target)),
         num_samples=len(rows),
         pixel_counts=totals.tolist(),
-        ignored_pixels=sum(record.pixels for record in kept) - int(totals.sum()),
-        shards=[ShardEntry(**record.entry) for record in kept],
+        ignored_pixels=sum(record.pixels for record in records) - int(totals.sum()),
+        shards=[ShardEntry(**record.entry) for record in records],
         tables={"samples": _save(folder / SAMPLES, rows), "pixel_counts": _save(folder / PIXEL_COUNTS, counts)},
     )
-    files = {shard.file for shard in index.shards} | {SAMPLES, PIXEL_COUNTS, INDEX}
-    for path in folder.iterdir():  # of killed builds, or of one with other examples
-        if path.name not in files:
+
+
+def _remove_left_overs(folder: Path, index: Index | None) -> None:
+    """Our own files that belong to no index: of killed builds, of one with other examples, of a split no longer made."""
+    kept = {entry.file for entry in [*index.shards, *index.tables.values()]} if index else set()
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if OWN.fullmatch(path.name) and path.name not in kept:
             path.unlink()
-    beside = _beside(folder / INDEX)
-    beside.write_text(json.dumps(index.model_dump(), indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / INDEX)
-    return index, sum((Counter(record.notes) for record in records), Counter())
-
-
-def _labelled(rules: Rules) -> list[int]:
-    """The target's classes that some class of the raw masks becomes."""
-    if rules.table is None:
-        return list(range(rules.target.num_classes))
-    reached = {int(rules.table[i]) for i in range(rules.masks.num_classes)}
-    return sorted(reached - {rules.target.ignore_index})
+    if index is None and folder.is_dir():
+        folder.rmdir()
 
 
 def _save(path: Path, table: np.ndarray) -> FileEntry:

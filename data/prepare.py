@@ -27,7 +27,7 @@ KINDS = {
     "size_mismatch": "image and mask differ in size; export the mask in the size of the image as it is seen upright",
     "label_out_of_range": "a mask with values that are neither a class nor the ignored one; check --label-set",
     "mask_empty": "a mask of ignored pixels only; label it or delete the pair",
-    "mask_constant": "a mask of one single value, as of a placeholder; label it, or use --keep-constant if it is right",
+    "mask_constant": "a mask of one class alone, as a placeholder or an edge map; label it, or allow it: --keep-constant",
     "mask_color_unknown": "a mask with colours of no class, as of softened outlines; export it without anti-aliasing",
 }
 NOTES = {
@@ -46,7 +46,7 @@ class Rules:
         target: what is stored; the same set unless there is a `table`.
         table: uint8 (256,), a label map: ids of `masks` to ids of `target`.
         mask_colors: masks are pictures in the exact colours of `masks`, not class ids.
-        keep_constant: masks of one single value are accepted.
+        keep_constant: masks of one single class are accepted.
         encode: "keep" stores a sound file's own bytes, and what must be changed as PNG; "lossless" stores images as
             QOI; "jpeg" as JPEG, where JPEGs that are neither turned nor shrunk keep their bytes: compressed a second
             time they would lose for nothing. Masks are always lossless.
@@ -141,8 +141,10 @@ def _check_values(path: Path, counts: np.ndarray, rules: Rules) -> None:
             listed = f"{len(strange)} values from {strange[0]} to {strange[-1]}"
         detail = f"holds {listed}; allowed are 0..{num_classes - 1} and {ignored}"
         raise Rejected("label_out_of_range", path, detail)
-    if len(values) == 1 and values[0] != ignored and not rules.keep_constant:
-        raise Rejected("mask_constant", path, f"every pixel is {values[0]} ({rules.masks.classes[values[0]]})")
+    classes = [value for value in values if value != ignored]
+    if len(classes) == 1 and not rules.keep_constant:
+        which = "every pixel" if values == classes else f"every pixel that is not {ignored}"
+        raise Rejected("mask_constant", path, f"{which} is {classes[0]} ({rules.masks.classes[classes[0]]})")
 
 
 def _histogram(mask: np.ndarray) -> np.ndarray:

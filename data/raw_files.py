@@ -86,6 +86,8 @@ def _rgb_pixels(content: bytes, image: Image.Image) -> tuple[np.ndarray, bool]:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixels from {values.min()} to {values.max()}, not of 16 bits; save it as 8-bit RGB")
+        if values.max() < 4096:
+            raise ValueError(f"16-bit pixels of at most {values.max()}, of 65535: it would be black; save it as 8-bit RGB")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))

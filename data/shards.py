@@ -10,6 +10,7 @@ A folder without index.json is not a shard set. `data.packing` writes these file
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ PIXEL_COUNTS = "pixel_counts.npy"
 BUILD = "python -m data.build_shards --dataset NAME --root RAW_FOLDER --out FOLDER"
 MAX_OPEN_SHARDS = 128  # a process may often open 1024 files only, and a large set has more shards than that
 READ_TRIES = 3  # network file systems fail now and then
+LOST_FOR = 600  # seconds until a remote shard is tried again
 
 
 class RawSample(NamedTuple):
@@ -41,6 +43,7 @@ class RawSample(NamedTuple):
     image: bytes
     mask: bytes
     meta: dict
+    where: str  # for messages: its file and position
 
 
 class FileEntry(BaseModel):
@@ -86,7 +89,7 @@ class ShardSet:
         self.shard_starts = np.cumsum([0, *(shard.samples for shard in index.shards)])[:-1]
         self.fingerprint = fingerprint
         self._index, self._files = index, files
-        self._lost: dict[int, str] = {}  # shards that could not be fetched, and why
+        self._lost: dict[int, tuple[float, str]] = {}  # shards that could not be fetched: when, why
         self._rows = files.table(index, "samples", SAMPLE_ROW, (index.num_samples,))
         self.image_pixel_counts  # noqa: B018  told now if it is damaged
         # Unbuffered file objects rather than descriptors: one that leaves the cache closes once nobody reads from it.
@@ -146,13 +149,14 @@ class ShardSet:
         image, mask, meta = parts
         try:
             meta = json.loads(meta)
-            return RawSample(meta["key"], image, mask, meta)
+            return RawSample(meta["key"], image, mask, meta, where)
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{where} has a damaged json member; build the set again") from None
 
     def _read_spans(self, shard: int, spans: list[tuple[int, int]], where: str) -> list[bytes]:
-        if shard in self._lost:
-            raise DataError(self._lost[shard])
+        when, why = self._lost.get(shard, (-math.inf, ""))
+        if time.monotonic() < when + LOST_FOR:
+            raise DataError(why)
         for attempt in range(READ_TRIES):
             try:
                 file = self._file(shard)  # held until it was read: another thread may push it out of the cache
@@ -162,7 +166,8 @@ class ShardSet:
                 self._file.cache_clear()  # a descriptor of a network file system may have become stale
                 time.sleep(0.2 * attempt)
             except DataError as error:
-                self._lost[shard] = str(error)  # it was tried for a minute; not again for each of its samples
+                # It was tried for a minute; not again for each of its samples.
+                self._lost[shard] = time.monotonic(), str(error)
                 raise
         raise DataError(f"{where} cannot be read ({reason}, {READ_TRIES} tries); check the disk")
 
@@ -208,6 +213,9 @@ class Files:
         path = Path(self.location) / INDEX
         if not path.is_file():
             what = f"no {INDEX} here, so this is no finished shard set" if path.parent.is_dir() else "no such folder"
+            splits = [str(inner.parent) for inner in sorted(path.parent.glob(f"*/{INDEX}"))]
+            if splits:
+                raise DataError(f"{path.parent}: holds several shard sets; name one of {', '.join(splits)}")
             raise DataError(f"{path.parent}: {what}; build it with: {BUILD}")
         return path.read_bytes()
 

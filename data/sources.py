@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -212,7 +213,7 @@ class Pairs(Source):
     masks: str = "masks"
     mask_suffix: str = ""
 
-    class Record(BaseModel):
+    class Record(BaseModel, extra="allow"):
         image: str = Field(min_length=1)
         mask: str | None
         key: str | None = None
@@ -229,6 +230,9 @@ class Pairs(Source):
     def _listed(self, file: Path) -> Iterator[RawExample]:
         split_given = set()
         for where, record in read_records(file, self.Record, self.layout):
+            for name in record.model_extra:  # a misspelt "split" would be drawn anew by chance
+                if close := get_close_matches(name.lower(), ("key", "split"), cutoff=0.75):
+                    raise DataError(f"{where}: key {name!r}: unknown, did you mean {close[0]!r}? Rename or remove it")
             split_given.add(record.split is not None)
             if len(split_given) > 1:
                 raise DataError(f"{where}: key 'split': only some examples have one; give it for all or for none")

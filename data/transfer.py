@@ -8,16 +8,19 @@ import hashlib
 import os
 import select
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import psutil
 
 CHUNK = 1 << 20
 TRY_AGAIN = "check the network and the server, then run again"
 # The commonest of curl's exit statuses; it is run without its own messages.
-CURL = {6: "unknown host", 7: "no connection", 18: "connection cut", 35: "no TLS", 56: "connection cut", 60: "bad TLS"}
+CURL = {7: "no connection", 18: "connection cut", 35: "no TLS", 56: "connection cut", 60: "bad TLS"}
 
 
 class TransferError(Exception):
@@ -40,6 +43,7 @@ def transfer(url: str, file: int, limit: int, timeout: float) -> tuple[int, str]
         TransferError: cannot be opened, fell silent, or ended with an error.
         OSError: `file` cannot be written.
     """
+    _refuse_unknown_host(url)
     silence = TransferError(f"no byte for {timeout:g} s (the server is unknown, silent or answers with 5xx)")
     count, sha256 = 0, hashlib.sha256()
     with _opened(url) as process:
@@ -64,6 +68,16 @@ def transfer(url: str, file: int, limit: int, timeout: float) -> tuple[int, str]
     if process.returncode:
         raise _exit_error(url, process)
     return count, sha256.hexdigest()
+
+
+def _refuse_unknown_host(url: str) -> None:
+    # gopen's curl would look for it a minute long, and say nothing.
+    if url.startswith(("http://", "https://")) and not getproxies():  # a proxy may know hosts that this machine does not
+        host = urlsplit(url).hostname or ""
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise TransferError(f"the host {host!r} is unknown ({error.strerror})") from None
 
 
 @contextmanager

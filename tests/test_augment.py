@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from benchmarks.reference_pipeline import ReferencePipeline
-from data.augment import AugmentConfig, Box, draw_view
+from data.augment import AugmentConfig, draw_view
 from tests.views import IGNORE, SIZE, STILL, changed, draw, mapped
 
 

@@ -60,3 +60,10 @@ def test_the_network_sees_shapes_as_asked(shards):
     # height / width 4/3, 3/4, 4, 4/19, 37/91 in an input of 4/3
     expected = [1 - min(r, 1 / r) for r in (1, (3 / 4) / (4 / 3), 3, (4 / 19) / (4 / 3), (37 / 91) / (4 / 3))]
     assert seen[0].tolist() == pytest.approx(expected, abs=0.01) and seen[1].max() == 0
+
+
+def test_classes_that_a_set_cannot_show_are_no_answer(shards):
+    partly = ShardSet.open(shards.location)
+    partly.labelled = (0, 1, 2)
+    scores, rows = evaluate(by_color, partly, (256, 192), torch.device("cpu"))
+    assert scores.predicted[3] == 0 and scores.true[3] > 0 and not any((row[2] == 3).any() for row in rows)

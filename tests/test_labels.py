@@ -115,6 +115,13 @@ def test_names_without_a_side_are_free_to_pair():
     assert "'left hand' (0)" in line and "no class is its other side" in line
 
 
+def test_pairs_and_names_that_look_wrong_are_warned_of():
+    (line,) = named("Hat", "Hair", "Left-arm", "Right-arm", flip_pairs=((0, 1), (2, 3))).warnings()
+    assert "'Hat' (0) and 'Hair' (1) change places in a mirror, but carry no side" in line
+    (line,) = named("lefteye", "righteye", "nose", flip_pairs=()).warnings()
+    assert "'lefteye' (0) is in no flip pair; add [0, 1]" in line
+
+
 def test_ids_by_colour():
     lip = load_label_set("lip20")
     ids = lip.ids_by_color()

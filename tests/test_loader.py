@@ -20,9 +20,9 @@ from data.shards import ShardSet
 SIZE = (48, 32)
 
 
-def train_examples(*folders, seed=7, window=None, rare_share=None, config=AugmentConfig()):
+def train_examples(*folders, seed=7, window=None, rare_share=None, config=None):
     mixture = Mixture.open([MixtureEntry(path=str(folder), weight=1 + i) for i, folder in enumerate(folders)])
-    return TrainExamples(mixture, mixture.order(seed, window, rare_share), SIZE, config)
+    return TrainExamples(mixture, mixture.order(seed, window, rare_share), SIZE, config or AugmentConfig())
 
 
 def hashes(examples, world, micro, first, last, workers, batch=12):
@@ -115,7 +115,7 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
     content[image.offset_data + 8 : image.offset_data + image.size] = bytes(image.size - 8)
     tar.write_bytes(bytes(content))
     key = image.name.split(".")[0]
-    with pytest.raises(DataError, match=f"{key}: .*damaged.*build the shards again") as caught:
+    with pytest.raises(DataError, match=f"shard-000001.tar.*{key}.*damaged.*build the shards again") as caught:
         list(train_batches(train_examples(tmp_path / "train"), BatchPlan(31, 31, 0, 1), 0, 1, workers))
     assert "\n" not in str(caught.value)
 
@@ -143,8 +143,9 @@ def test_flip_pairs_come_from_the_index(shards, tmp_path):
     assert index["label_set"]["flip_pairs"] == [[3, 4], [5, 6], [7, 8]]
     index["label_set"]["flip_pairs"] = []
     (plain / "index.json").write_text(json.dumps(index))
+    plan = BatchPlan(31, 31, 0, 1)
     with_pairs, without = (
-        next(train_batches(train_examples(folder / "train"), BatchPlan(31, 31, 0, 1), 0, 1, 0))[0] for folder in (shards, tmp_path)
+        next(train_batches(train_examples(folder / "train"), plan, 0, 1, 0))[0] for folder in (shards, tmp_path)
     )
     assert torch.equal(with_pairs.images, without.images)
     changed = [not torch.equal(a, b) for a, b in zip(with_pairs.labels, without.labels, strict=True)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data import DataError
 from data.labels import LabelSet, load_label_set
-from data.mapping import LABEL_MAPS, LabelMap, load_label_map
+from data.mapping import LABEL_MAPS, LabelMap, load_label_map, reached
 from data.yaml_files import read_yaml
 
 
@@ -57,7 +57,7 @@ def test_mirroring_commutes_with_every_accepted_map(drawn, seed):
         assert table[i] == (target.ignore_index if mapped is None else target.classes.index(mapped))
     assert set(table[source.num_classes :]) == {target.ignore_index}
     labels = {target.classes.index(mapped) for mapped in mapping.pairs.values() if mapped is not None}
-    assert mapping.labelled(source, target) == tuple(sorted(labels))
+    assert reached(table, range(source.num_classes), target) == tuple(sorted(labels))
 
 
 @given(commuting(), st.data())
@@ -88,7 +88,7 @@ def test_packaged_maps_between_packaged_sets(name):
     classes = {name: i for i, name in enumerate(source.classes)}
     mapped = {name: target.classes[table[i]] for name, i in classes.items() if table[i] != 255}
     assert mapped == {name: to for name, to in mapping.pairs.items() if to} and mapped["Left-shoe"] == "Left_Shoe"
-    assert [target.classes[i] for i in mapping.labelled(source, target)] == [
+    assert [target.classes[i] for i in reached(table, range(source.num_classes), target)] == [
         "Background", "Face_Neck", "Hair", "Left_Shoe", "Lower_Clothing", "Right_Shoe", "Upper_Clothing"
     ]  # fmt: skip
 
@@ -153,3 +153,11 @@ def test_names_the_known_maps_and_the_missing_file(tmp_path):
         load_label_map("lip20")
     with pytest.raises(DataError, match="absent.yaml: the label map cannot be read"):
         load_label_map(tmp_path / "absent.yaml")
+
+
+def test_sides_that_are_exchanged_are_warned_of():
+    mapping = LabelMap("swap", "a", "b", {"Left_Eye": "Right_Eye", "Right_Eye": "Left_Eye", "Nose": "Left_Eye", "Bright": "Left"})
+    assert [line.split(": ")[2] for line in mapping.warnings()] == [
+        "'Left_Eye' becomes 'Right_Eye', of the other side", "'Right_Eye' becomes 'Left_Eye', of the other side"
+    ]  # fmt: skip
+    assert load_label_map("lip20_to_goliath28").warnings() == []

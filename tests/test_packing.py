@@ -1,6 +1,7 @@
 """Builds that are killed, continued, shared out: always the same bytes."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.build_shards import split_examples
 from data.shards import ShardSet
+from data.sources import SOURCES
 from tests.raw_faces import SIZE, content, draw, encoded, run
 
 OPTIONS = ("--samples-per-shard", 2, "--val-fraction", 0.2)
@@ -21,12 +24,17 @@ BAD = np.full(SIZE, 77, np.uint8)
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
-    """60 examples of 200x260 pixels, 30 shards: long enough to be killed in the middle of."""
+    """240 examples (of 12 pairs of files), 120 shards: long enough to be killed in the middle of, five times."""
     root = tmp_path_factory.mktemp("raw")
     rng = np.random.default_rng(0)
-    for i in range(60):
-        (root / f"{i:06d}.png").write_bytes(encoded(rng.integers(0, 256, (200, 260, 3), np.uint8)))
-        (root / f"{i:06d}_seg.png").write_bytes(encoded(rng.integers(0, 19, (200, 260), np.uint8)))
+    for i in range(240):
+        image, mask = root / f"{i:06d}.png", root / f"{i:06d}_seg.png"
+        if i < 12:
+            image.write_bytes(encoded(rng.integers(0, 256, (200, 260, 3), np.uint8)))
+            mask.write_bytes(encoded(rng.integers(0, 19, (200, 260), np.uint8)))
+        else:
+            os.link(root / f"{i % 12:06d}.png", image)
+            os.link(root / f"{i % 12:06d}_seg.png", mask)
     return root
 
 
@@ -36,7 +44,7 @@ def whole(raw, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole")
     assert run(raw, out, *OPTIONS) == 0
     files = content(out)
-    assert len([name for name in files if name.endswith(".tar")]) == 30 and not any(".progress" in name for name in files)
+    assert len([name for name in files if name.endswith(".tar")]) == 120 and not any(".progress" in name for name in files)
     return files
 
 
@@ -47,7 +55,7 @@ def test_workers_and_parts_give_the_same_bytes(raw, whole, tmp_path):
         assert run(raw, tmp_path / "parts", *OPTIONS, "--part", part) == 0
     assert not list(tmp_path.glob("parts/*/index.json"))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("parts/*/*.tar")}
-    assert len(times) == 30
+    assert len(times) == 120
     assert run(raw, tmp_path / "parts", *OPTIONS) == 0
     assert content(tmp_path / "parts") == whole
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())  # merged, not made again
@@ -60,12 +68,13 @@ def test_killed_at_random_moments_and_started_again(raw, whole, tmp_path):
     moments = random.Random(0)
     for _ in range(5):
         build = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(list(tmp_path.glob("*/*.tar")))
-        deadline = time.monotonic() + 20
-        # Not while Python starts: from the next shard on, at any moment.
-        while len(list(tmp_path.glob("*/*.tar"))) <= before and time.monotonic() < deadline and build.poll() is None:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.05))
+        wanted = len(list(tmp_path.glob("*/*.tar"))) + moments.randint(1, 12)
+        deadline = time.monotonic() + 60
+        # Not while Python starts: some shards later, at any moment.
+        while len(list(tmp_path.glob("*/*.tar"))) < wanted:
+            assert time.monotonic() < deadline and build.poll() is None
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.005))
         build.send_signal(signal.SIGKILL)
         assert build.wait(timeout=20) == -signal.SIGKILL
         for path in tmp_path.glob("*/*.tar"):
@@ -100,7 +109,6 @@ def test_a_file_or_rule_that_changed_is_seen(tmp_path):
     assert run(root, tmp_path / "a", *options, "--encode", "lossless") == 0
     assert run(root, tmp_path / "b", *options, "--encode", "lossless") == 0
     assert content(tmp_path / "a") == content(tmp_path / "b")
-    assert run(root, tmp_path / "c", "--samples-per-shard", 2, "--part", "1/1", "--val-fraction", 0, "--limit", 9) == 0
 
 
 def test_skipped_examples_are_told_again_when_a_build_goes_on(tmp_path, capsys):
@@ -122,7 +130,50 @@ def test_skipped_examples_are_told_again_when_a_build_goes_on(tmp_path, capsys):
 def test_tables_tell_each_image(raw, tmp_path):
     assert run(raw, tmp_path, *OPTIONS) == 0
     train = ShardSet.open(tmp_path / "train")
-    assert train.image_pixel_counts.shape == (48, 19) and train.shard_starts.tolist() == list(range(0, 48, 2))
-    assert train.image_pixel_counts.sum(axis=1).tolist() == [200 * 260] * 48
+    assert train.image_pixel_counts.shape == (192, 19) and train.shard_starts.tolist() == list(range(0, 192, 2))
+    assert train.image_pixel_counts.sum(axis=1).tolist() == [200 * 260] * 192
     assert train.image_pixel_counts.sum(axis=0).tolist() == train.pixel_counts.tolist()
     assert train.labelled == tuple(range(19))
+
+
+def test_files_of_others_are_never_touched(tmp_path, capsys):
+    """A raw folder called train, and OUT beside it: shards would go among the photos."""
+    root = draw(tmp_path / "dataset" / "train", 6)
+    before = content(tmp_path / "dataset")
+    assert run(root, tmp_path / "dataset") == 2
+    assert "not a file of a shard set" in capsys.readouterr().err
+    assert run(root, tmp_path / "dataset" / "train") == 0  # shards in train/train: nobody's way
+    after = content(tmp_path / "dataset")
+    assert {name: after[name] for name in before} == before
+
+
+def test_no_index_stands_while_shards_change(tmp_path):
+    root, out = draw(tmp_path / "raw", 20), tmp_path / "out"
+    options = ("--samples-per-shard", 5, "--val-fraction", 0.3)
+    assert run(root, out, *options) == 0
+    (out / ".progress").mkdir()  # as if it had been killed at its very end
+    assert run(root, out, *options, "--part", "1/9") == 0
+    assert not list(out.glob("*/index.json"))
+    assert run(root, out, "--samples-per-shard", 5, "--val-fraction", 0) == 0
+    assert not (out / "val").exists() and len(ShardSet.open(out / "train")) == 20
+
+
+def test_all_splits_are_finished_or_none(tmp_path):
+    root, out = draw(tmp_path / "raw", 20), tmp_path / "out"
+    parts = split_examples(SOURCES["facesynthetics"]().examples(root), 0.2)
+    for example in parts["val"]:
+        example.mask.write_bytes(encoded(BAD))
+    assert run(root, out, "--val-fraction", 0.2, "--on-error", "skip") == 2
+    assert not list(out.glob("*/index.json")) and (out / "build_report.json").is_file()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut short"])
+def test_a_damaged_record_means_its_shard_is_made_again(tmp_path, damage):
+    root, out = draw(tmp_path / "raw", 10), tmp_path / "out"
+    options = ("--samples-per-shard", 5, "--val-fraction", 0)
+    assert run(root, out, *options, "--part", "1/2") == 0
+    (record,) = out.glob(".progress/*.npz")
+    record.write_bytes(damage)
+    assert run(root, out, *options) == 0
+    assert run(root, tmp_path / "other", *options) == 0
+    assert content(out) == content(tmp_path / "other")

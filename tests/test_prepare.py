@@ -185,3 +185,11 @@ def test_shrinks_image_and_mask_together(tmp_path, max_side, size, notes):
 def test_explanations_are_one_line_each():
     for text in (*KINDS.values(), *NOTES.values()):
         assert text and "\n" not in text and len(text) <= 110
+
+
+def test_a_map_of_edges_is_no_mask(tmp_path):
+    """Edges drawn as 255 on 0: by its values a mask of background and ignored pixels."""
+    edges = np.zeros(SIZE, np.uint8)
+    edges[3], edges[:, 5] = 255, 255
+    problem = prepared(tmp_path, mask=encoded(edges))
+    assert (problem.kind, problem.detail) == ("mask_constant", "every pixel that is not 255 is 0 (Background)")

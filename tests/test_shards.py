@@ -5,12 +5,14 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from data import DataError, shards
@@ -64,6 +66,16 @@ def test_any_webdataset_reader_reads_the_tars(raw, built):
             "key": key, "height": 24, "width": 32, "label_set": "face19", "classes": list(FACE19.classes),
             "flip_pairs": [[3, 4], [5, 6], [7, 8]], "ignore_index": 255,
         }  # fmt: skip
+
+
+def test_any_webdataset_reader_reads_what_was_encoded_anew(raw, tmp_path):
+    assert run(raw, tmp_path, "--encode", "lossless", "--val-fraction", 0) == 0
+    tar = str(tmp_path / "train" / "shard-000000.tar")
+    for sample in webdataset.WebDataset(tar, shardshuffle=False).decode():
+        image = np.asarray(Image.open(BytesIO(sample["qoi"])))
+        mask = np.asarray(Image.open(BytesIO(sample["mask.png"])))
+        assert np.array_equal(image, np.asarray(Image.open(raw / f"{sample['__key__']}.png")))
+        assert np.array_equal(mask, np.asarray(Image.open(raw / f"{sample['__key__']}_seg.png")))
 
 
 def test_reads_alike_in_threads_and_in_worker_processes(built, tmp_path, raw, monkeypatch):

@@ -242,3 +242,12 @@ def test_keys_are_safe_and_tell_all_names_apart():
     keys = [safe_key(name) for name in names]
     assert len(set(keys)) == len(keys) and all(len(key) <= 80 and "." not in key and key.isascii() for key in keys)
     assert keys[1] == "a_b" and keys[7] == "000001"
+
+
+@pytest.mark.parametrize("column", ["splt", "Split", "keys"])
+def test_a_misspelt_column_of_a_list_is_not_passed_over(tmp_path, column):
+    (tmp_path / "list.csv").write_text(f"image,mask,{column},weather\na.jpg,a.png,val,rain\n")
+    with pytest.raises(DataError, match=f"list.csv: .*key '{column}': unknown, did you mean"):
+        Pairs().examples(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("image,mask,split,weather\na.jpg,a.png,val,rain\n")
+    assert Pairs().examples(tmp_path / "list.csv")[0].split == "val"

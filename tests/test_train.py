@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +98,8 @@ def test_what_is_not_finite_ends_the_run(shards, tmp_path, stage):
 @pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 1)])
 def test_killed_run_continues_as_if_it_had_not_been(shards, tmp_path, stage, processes):
     settings = [
-        "model.dropout=0.1", "augment.photometric=true", "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4", "data.workers=1",
-        f"deepspeed=ds_configs/zero{stage}.json",
+        "model.dropout=0.1", "augment.photometric=true", "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4",
+        "data.workers=1", f"deepspeed=ds_configs/zero{stage}.json",
     ]  # fmt: skip
     whole = train(shards, tmp_path / "whole", *settings, processes=processes)
     assert whole.code == 0, whole.output
@@ -129,8 +128,9 @@ def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):
     longer = train(shards, tmp_path / "b", "schedule.steps=6", f"resume_from={tmp_path / 'a'}")
     assert longer.code == 0, longer.output
     assert list(longer.losses) == [4, 5]
-    refused = train(shards, tmp_path / "c", "schedule.steps=6", f"resume_from={tmp_path / 'a'}", "seed=9")
-    assert refused.code != 0 and "seed was 0, is 9" in refused.output and "Traceback" not in refused.output
+    refused = train(shards, tmp_path / "c", "schedule.steps=6", f"resume_from={tmp_path / 'a'}", "seed=9", "data.window=5")
+    assert refused.code != 0 and "Traceback" not in refused.output
+    assert "seed was 0, is 9" in refused.output and "window was None, is 5" in refused.output
 
 
 def test_load_from_takes_weights_only(shards, tmp_path):

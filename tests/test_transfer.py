@@ -91,7 +91,7 @@ def test_what_a_server_refuses_is_told_at_once(server, target):
 
 def test_programs_that_are_missing(target, monkeypatch):
     monkeypatch.setenv("PATH", str(target))
-    for url, program in (("http://h/x", "curl"), ("gs://b/x", "gsutil"), ("s3://b/x", "aws"), ("pipe:no", "command")):
+    for url, program in (("http://127.0.0.1:1/x", "curl"), ("gs://b/x", "gsutil"), ("s3://b/x", "aws"), ("pipe:no", "command")):
         message = refusal(url, target, final=True)
         assert program in message and "install" in message
     assert "pipe:COMMAND" in refusal("abc://h/x", target, final=True)
@@ -113,3 +113,9 @@ def test_commands_end_with_all_that_they_started(target):
         assert "no byte" in refusal(f"pipe:{command.format(' '.join(sleep))}", target, timeout=0.3)
         assert time.monotonic() - start < 2
         assert sleep not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+
+
+def test_an_unknown_host_is_named_at_once(target, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert "'no-such-host.invalid' is unknown" in refusal("http://no-such-host.invalid/x", target, final=False)

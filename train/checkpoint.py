@@ -34,6 +34,8 @@ class RunState:
     num_classes: int
     image_size: list[int]
     data_fingerprint: str
+    window: int | None
+    rare_share: float | None
 
 
 def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int) -> Path:

@@ -26,13 +26,15 @@ class DataConfig(_Section):
     )
     val: str | None = Field(None, description="the validation split; none: no evaluation")
     workers: int = Field(4, ge=0, description="loader processes for each GPU; 0 loads in the training process")
-    window: PositiveInt | None = Field(None, description="shuffle within so many samples, for network disks; null: uniformly")
+    window: int | None = Field(
+        None, gt=0, lt=2**32, description="shuffle within so many samples, for network disks; null: uniformly over all"
+    )
     rare_share: float | None = Field(
         None, gt=0, le=1, description="images with a class that fewer than this share of all images show come more often"
     )
     max_bad_fraction: Fraction = Field(0.001, description="of all samples; so many may be damaged before the run ends")
     cache: Path | None = Field(None, description="where remote shards are kept; null: SAPIENS_SEG_CACHE or ~/.cache")
-    cache_gigabytes: PositiveFloat = 50.0
+    cache_gigabytes: float = Field(50.0, gt=0, le=1e6)
 
     @field_validator("train", mode="before")
     @classmethod
@@ -101,7 +103,7 @@ class WandbConfig(_Section):
 class Config(_Section):
     """See README.md and train/configs/."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     output_dir: Path = Field(Path("outputs/run"), description="checkpoints, logs, pictures; the same folder resumes")
     resume_from: Path | None = Field(None, description="a run's output_dir, or one checkpoint in it, to continue from")
     load_from: Path | None = Field(None, description="weights to start from: .pth or .safetensors")

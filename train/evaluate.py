@@ -22,7 +22,7 @@ from data.pictures import contact_sheet, save_png
 from data.shards import ShardSet
 from model import ModelError
 from model.weights import load_segmenter
-from train.loss import check_labels
+from train.loss import UNSEEN, check_labels
 from train.metrics import ConfusionMatrix, Scores
 
 Rows = list[list[np.ndarray]]
@@ -54,12 +54,14 @@ def evaluate(
     indices = iter(validation_positions(len(shards), rank, world_size))
     rows: Rows = []
     examples = ValidationExamples(shards, image_size, keep_aspect)
+    unlabelled = [i for i in range(label_set.num_classes) if i not in shards.labelled]  # no answer of theirs can be right
     for batch in validation_batches(examples, batch_size, rank, world_size, workers):
         check_labels(batch.pixel_counts, label_set)
         logits = forward(batch.images.to(device))
         for image_logits, label, place in zip(logits, batch.labels, batch.places, strict=True):
             # One image at a time: full-size logits of a whole batch of photos would not fit.
             image_logits = image_logits[None].float()
+            image_logits[:, unlabelled] = UNSEEN
             if (place.height, place.width) != tuple(image_size):
                 at_input = F.interpolate(image_logits, image_size, mode="bilinear")
                 image_logits = place.of(at_input.movedim(1, -1)[0]).movedim(-1, 0)[None]

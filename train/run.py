@@ -85,6 +85,8 @@ def _fresh_state(config: Config, settings: dict, train: Mixture, order: Order, o
         num_classes=train.label_set.num_classes,
         image_size=list(config.model.image_size),
         data_fingerprint=train.fingerprint,
+        window=config.data.window,
+        rare_share=config.data.rare_share,
     )
 
 
