@@ -121,6 +121,11 @@ class LabelSet:
             lines.append(f"{of}: {name!r} ({i}) carries a side but is in no flip pair: {remedy}")
         return lines
 
+    def means_the_same(self, other: "LabelSet") -> bool:
+        """Whether masks of both can be mixed: the same classes, mirrored and ignored alike. Colours may differ."""
+        ours, theirs = ((s.classes, set(map(frozenset, s.flip_pairs)), s.ignore_index) for s in (self, other))
+        return ours == theirs
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)

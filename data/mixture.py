@@ -132,10 +132,11 @@ class Mixture:
 
 def _member(entry: MixtureEntry, shards: ShardSet, label_set: LabelSet) -> Member:
     if entry.label_map is None:
-        if shards.label_set != label_set:
+        if not shards.label_set.means_the_same(label_set):
             raise DataError(
                 f"{entry.path}: label set {shards.label_set.name} with {shards.label_set.num_classes} classes, but the "
-                f"others have {label_set.name} with {label_set.num_classes}; give it a label_map to {label_set.name}"
+                f"others have {label_set.name} with {label_set.num_classes}, or other names, pairs or ignored values; "
+                f"give it a label_map to {label_set.name}"
             )
         return Member(shards, entry.weight, None, shards.labelled)
     label_map = load_label_map(entry.label_map)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -207,3 +208,10 @@ def test_names_the_known_sets_and_the_missing_file(tmp_path):
         load_label_set("face91")
     with pytest.raises(DataError, match="absent.yaml"):
         load_label_set(tmp_path / "absent.yaml")
+
+
+def test_sets_that_mean_the_same_may_look_different():
+    face = load_label_set("face19")
+    assert face.means_the_same(replace(face, colors=face.colors[::-1], name="mine", flip_pairs=face.flip_pairs[::-1]))
+    for change in ({"flip_pairs": ()}, {"ignore_index": 254}, {"classes": face.classes[::-1], "flip_pairs": ()}):
+        assert not face.means_the_same(replace(face, **change))

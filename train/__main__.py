@@ -63,10 +63,11 @@ def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any
 
     Raises TrainError, DataError, ModelError.
     """
-    if val and val.label_set != train.label_set:
+    if val and not val.label_set.means_the_same(train.label_set):
         raise DataError(
             f"data.val: {config.data.val} has label set {val.label_set.name} with {val.label_set.num_classes} classes, "
-            f"data.train has {train.label_set.name} with {train.label_set.num_classes}; build both from one set"
+            f"data.train has {train.label_set.name} with {train.label_set.num_classes}, or other names, pairs or ignored "
+            "values; build both from one set"
         )
     get_arch(config.model.arch).check(config.model.image_size, config.model.patch_padding)
     class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
