@@ -17,7 +17,7 @@ import cv2
 import torch
 
 from data.shards import ShardSet
-from model.weights import load_segmenter
+from model.trained import load_segmenter
 from train.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent

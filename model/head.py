@@ -35,10 +35,11 @@ class SampleDropout2d(nn.Module):
 
 
 class DeconvHead(nn.Module):
-    """Features (B, embed_dim, h, w) -> logits (B, num_classes, 8h, 8w) with three transposed convolutions.
+    """Features (B, embed_dim, h, w) -> logits (B, num_classes, s * h, s * w), s = 2 to the number of transposed convolutions:
+    8 for Sapiens v1, 16 for Sapiens2.
 
     Every convolution but the last is followed by InstanceNorm2d and SiLU. The sub-modules' names are the original's,
-    so its `decode_head.*` weights load as they are.
+    so the `decode_head.*` weights of both families load as they are.
     """
 
     def __init__(self, arch: Arch, num_classes: int, dropout: float) -> None:

@@ -1,15 +1,19 @@
 """Images to class logits, and what the optimiser has to know about each parameter."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelError
 from model.archs import Arch, get_arch
-from model.backbone import Backbone
+from model.backbone import ROPE_PRECISIONS, build_backbone, draw_drop_path
 from model.head import DeconvHead
 
 MEAN = (123.675, 116.28, 103.53)  # RGB, of pixels in 0..255
 STD = (58.395, 57.12, 57.375)
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token")  # what the blocks' tokens begin as
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -23,7 +27,13 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """A backbone and a head. image_size is (height, width) in pixels, fixed by the position embedding.
+    """A backbone and a head.
+
+    image_size is (height, width) in pixels, the size it is made for; other images have their positions resized.
+    patch_padding is the zero padding of the patch convolution, in pixels; None takes what the family was pre-trained with.
+    rope_precision is for Sapiens2 alone: "bf16" computes its RoPE, and rounds queries and keys, as the original does by
+    default and was trained; "fp32" computes it exactly. Features differ by up to a few hundredths between the two.
+    dropout is the rate of the head's channels; drop_path the last block's rate of stochastic depth.
 
     Raises ModelError if the image size, the padding or the number of classes can't be had with this architecture.
     """
@@ -33,18 +43,39 @@ class Segmenter(nn.Module):
         arch: Arch,
         num_classes: int,
         image_size: tuple[int, int],
-        patch_padding: int = 2,
+        patch_padding: int | None = None,
+        rope_precision: str = "bf16",
         dropout: float = 0.1,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ModelError(f"num_classes: {num_classes} leaves nothing to tell apart, give at least 2")
+        if rope_precision not in ROPE_PRECISIONS:
+            raise ModelError(f"rope_precision: {rope_precision!r} must be one of {', '.join(ROPE_PRECISIONS)}")
         self.arch = arch
         self.num_classes = num_classes
         self.image_size = image_size
-        self.patch_padding = patch_padding
-        self.backbone = Backbone(arch, image_size, patch_padding)
+        self.patch_padding = arch.patch_padding if patch_padding is None else patch_padding
+        self.rope_precision = rope_precision
+        self.backbone = build_backbone(arch, image_size, self.patch_padding, rope_precision, drop_path)
         self.decode_head = DeconvHead(arch, num_classes, dropout)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image of image_size."""
+        return self.image_size[0] // self.arch.patch_size, self.image_size[1] // self.arch.patch_size
+
+    def describe(self) -> dict[str, Any]:
+        """What a weight file must tell for the model to be built again, and pixels to be normalised for it."""
+        return {
+            "arch": self.arch.name,
+            "image_size": list(self.image_size),
+            "patch_padding": self.patch_padding,
+            "rope_precision": self.rope_precision,
+            "num_classes": self.num_classes,
+            "normalization": {"channels": "RGB", "range": [0, 255], "mean": list(MEAN), "std": list(STD)},
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' and the head's activations in the backward pass instead of keeping them."""
@@ -52,24 +83,36 @@ class Segmenter(nn.Module):
         self.decode_head.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
-        """Logits at the head's resolution, half the image's for patch 16, in the parameters' dtype.
+        """Logits at the head's resolution, in the parameters' dtype: see full_size_logits for the image's own.
 
-        images: (B, 3, H, W) RGB, 0..255, uint8 or float. dropout_seeds: int64 (B,) on the CPU, needed for training.
-        Returns (B, num_classes, 8H/patch, 8W/patch).
+        images: (B, 3, H, W) RGB, 0..255, uint8 or float; H and W are filled up to whole patches, at the bottom and the
+        right, with the mean colour. dropout_seeds: int64 (B,) on the CPU, needed for training.
+        Returns (B, num_classes, rows / stride, columns / stride) of the filled-up image.
         """
-        # A bias, not the weight: it keeps its dtype when DeepSpeed ZeRO-3 has partitioned it away.
-        pixels = normalize(images).to(self.backbone.patch_embed.proj.bias.dtype)
+        # A bias, not a weight: it keeps its dtype when DeepSpeed ZeRO-3 has partitioned it away.
+        pixels = normalize(images).to(self.decode_head.conv_seg.bias.dtype)
+        down, right = (-side % self.arch.patch_size for side in images.shape[-2:])
+        if down or right:
+            pixels = F.pad(pixels, (0, right, 0, down))
+        if self.training:
+            draw_drop_path(self.backbone, dropout_seeds)
         return self.decode_head(self.backbone(pixels), dropout_seeds)
 
 
-def build_segmenter(
-    arch: str, num_classes: int, image_size: tuple[int, int], patch_padding: int = 2, dropout: float = 0.1
-) -> Segmenter:
-    """A Segmenter with fresh weights, on the default device (`with torch.device("meta")` costs nothing).
+def full_size_logits(model: Segmenter, images: Tensor) -> Tensor:
+    """fp32 logits (B, num_classes, H, W) for images (B, 3, H, W) of any size, enlarged bilinearly."""
+    height, width = images.shape[-2:]
+    filled = (height + -height % model.arch.patch_size, width + -width % model.arch.patch_size)
+    logits = F.interpolate(model(images).float(), filled, mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]
 
-    Raises ModelError for an unknown architecture or an image size that isn't whole patches.
+
+def build_segmenter(arch: str, *args: object, **settings: object) -> Segmenter:
+    """A Segmenter of the architecture called `arch`, with fresh weights, on the default device (`with
+    torch.device("meta")` costs nothing). The other arguments are Segmenter's. Raises ModelError as it does, and for an
+    unknown architecture.
     """
-    return Segmenter(get_arch(arch), num_classes, image_size, patch_padding, dropout)
+    return Segmenter(get_arch(arch), *args, **settings)
 
 
 def layer_id(parameter_name: str, depth: int) -> int:
@@ -79,9 +122,10 @@ def layer_id(parameter_name: str, depth: int) -> int:
     part, _, rest = parameter_name.partition(".")
     if part == "decode_head" or parameter_name.startswith("backbone.norm."):
         return depth + 1
-    if parameter_name == "backbone.pos_embed" or parameter_name.startswith("backbone.patch_embed."):
+    rest = rest if part == "backbone" else ""
+    if rest in EMBEDDINGS or rest.startswith(("patch_embed.", "norm_pre.")):
         return 0
-    if part == "backbone" and rest.startswith("blocks."):
+    if rest.startswith("blocks."):
         block = rest.split(".")[1]
         if block.isdigit() and int(block) < depth:
             return int(block) + 1

@@ -15,35 +15,65 @@ from torch import Tensor
 
 from model import ModelError
 
-# The original's backbone names -> timm's. The head's are the same in both.
-RENAMES = (
-    (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
-    (r"^backbone\.layers\.(\d+)\.ln([12])\.", r"backbone.blocks.\1.norm\2."),
-    (r"^backbone\.layers\.(\d+)\.attn\.", r"backbone.blocks.\1.attn."),
-    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"backbone.blocks.\1.mlp.fc1."),
-    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.blocks.\1.mlp.fc2."),
-    (r"^backbone\.ln1\.", "backbone.norm."),
+HUB = "hf-hub:"
+SUFFIXES = (".pth", ".pt", ".safetensors")
+META = "sapiens_seg"  # the key under which our export to an original's .pth keeps what it knows
+
+# The backbone's names in the originals, and timm's, which are ours; {} is a block's number. The head's are the same.
+SAPIENS_NAMES = (
+    ("patch_embed.projection.", "patch_embed.proj."),
+    ("layers.{}.ln1.", "blocks.{}.norm1."),
+    ("layers.{}.ln2.", "blocks.{}.norm2."),
+    ("layers.{}.attn.", "blocks.{}.attn."),
+    ("layers.{}.ffn.layers.0.0.", "blocks.{}.mlp.fc1."),
+    ("layers.{}.ffn.layers.1.", "blocks.{}.mlp.fc2."),
+    ("ln1.", "norm."),
 )
+SAPIENS2_NAMES = (
+    ("storage_tokens", "reg_token"),
+    ("patch_embed.projection.", "patch_embed.proj."),
+    ("blocks.{}.ln1.", "blocks.{}.norm1."),
+    ("blocks.{}.ln2.", "blocks.{}.norm2."),
+    ("blocks.{}.attn.wq.", "blocks.{}.attn.q_proj."),
+    ("blocks.{}.attn.wk.", "blocks.{}.attn.k_proj."),
+    ("blocks.{}.attn.wv.", "blocks.{}.attn.v_proj."),
+    ("blocks.{}.attn.gamma.weight", "blocks.{}.gamma_1"),
+    ("blocks.{}.ffn.w12.", "blocks.{}.mlp.fc1."),
+    ("blocks.{}.ffn.w3.", "blocks.{}.mlp.fc2."),
+    ("rope_embed.periods", "rope.periods"),
+    ("ln1.", "norm."),
+)
+NAMES = {"sapiens": SAPIENS_NAMES, "sapiens2": SAPIENS2_NAMES}
 
 
 def rename_key(key: str) -> str:
-    """The name of a parameter in the original (`backbone.layers.0.ln1.weight`) -> ours; ours stay as they are."""
-    for pattern, replacement in RENAMES:
-        key, changed = re.subn(pattern, replacement, key)
+    """A parameter's name in either original (`backbone.layers.0.ln1.weight`) -> ours; ours stay as they are."""
+    for names in NAMES.values():
+        key = _rename(key, names)
+    return key
+
+
+def original_key(key: str, family: str) -> str:
+    """The inverse of rename_key: our name of a parameter -> that in the original of a family, "sapiens" or "sapiens2"."""
+    return _rename(key, tuple((ours, theirs) for theirs, ours in NAMES[family]))
+
+
+def _rename(key: str, names: tuple[tuple[str, str], ...]) -> str:
+    for old, new in names:
+        pattern = "^backbone\\." + re.escape(old).replace(r"\{\}", r"(\d+)")
+        renamed, changed = re.subn(pattern, "backbone." + new.replace("{}", r"\1"), key)
         if changed:
-            break
+            return renamed
     return key
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .pt or .safetensors file on the CPU, under our names, otherwise as they lie in the file.
 
-    Knows the original's segmentation files, its pre-training files (no prefix, with cls_token) and our own. Raises
-    ModelError for a file that is missing, damaged, not weights, or that only loads by running pickled code.
+    Knows the segmentation and pre-training files (no prefix) of both originals, timm's of the same backbones, and our own.
+    Raises ModelError for a file that is missing, damaged, not weights, or that only loads by running pickled code.
     """
     path = _existing(path)
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ModelError(f"{path}: {path.suffix or 'no suffix'} is no weight format, give a .pth, .pt or .safetensors")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     items = state.items() if isinstance(state, dict) else ()
@@ -53,10 +83,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {rename_key(prefix + key): value for key, value in items}
 
 
+def locate_weights(path: str | Path) -> Path:
+    """A local file for `path`, which may be `hf-hub:OWNER/NAME`, optionally with `/FILE` and `@REVISION`.
+
+    Downloads into the Hugging Face cache what isn't there yet. Raises ModelError if there is no such file, or if the
+    repository holds several and none is named.
+    """
+    if not str(path).startswith(HUB):
+        return _existing(path)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = str(path).removeprefix(HUB).partition("@")
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    try:
+        if not file:
+            listed = HfApi().list_repo_files(f"{owner}/{repository}", revision=revision or None)
+            known = [one for one in listed if one.endswith(SUFFIXES)]
+            if len(known) != 1:
+                raise ModelError(f"{path}: holds {len(known)} weight files, name one: {HUB}{owner}/{repository}/FILE; {known}")
+            file = known[0]
+        return _existing(hf_hub_download(f"{owner}/{repository}", file, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: not to be had from the hub, check the name and the network ({reason})") from None
+
+
 def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ModelError(f"{path}: no such weight file, check the path")
-    return Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"{path}: {path.suffix or 'no suffix'} is no weight format, give a .pth, .pt or .safetensors")
+    return path
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -120,13 +180,19 @@ def _decode(text: str) -> Any:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What save_safetensors was given as metadata; empty for a file that has none, as every .pth.
+    """What save_safetensors, or our export to a .pth, was given as metadata; empty for a file that has none.
 
-    Raises ModelError for a file that is missing or damaged.
+    Of an original's .pth, label_set with the class names alone, if it tells them. Raises ModelError for a file that is
+    missing or damaged.
     """
     path = _existing(path)
     if path.suffix != ".safetensors":
-        return {}
+        content = _read_torch(path)
+        meta = content.get("meta") if isinstance(content, dict) else None
+        meta = meta if isinstance(meta, dict) else {}
+        names = (meta.get("dataset_meta") or {}).get("classes") or ()
+        found = {"label_set": {"classes": [{"id": i, "name": name} for i, name in enumerate(names)]}} if names else {}
+        return found | meta.get(META, {})
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}

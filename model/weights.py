@@ -1,5 +1,7 @@
-"""Weights into a model, with a report of what became of every key; and a model out of one file."""
+"""Weights into a model, with a report of what became of every key."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,31 +10,23 @@ import torch
 from torch import Tensor
 
 from model import ModelError
-from model.archs import ARCHS
+from model.archs import ARCHS, Arch
 from model.backbone import infer_grid, resize_position_embedding
-from model.segmenter import Segmenter, build_segmenter
-from model.weight_files import read_metadata, read_weights, rename_key, save_safetensors
-
-__all__ = [
-    "LoadReport",
-    "load_segmenter",
-    "load_weights",
-    "read_metadata",
-    "read_weights",
-    "rename_key",
-    "save_safetensors",
-]
+from model.segmenter import Segmenter
+from model.weight_files import locate_weights, read_metadata, read_weights
 
 POS_EMBED = "backbone.pos_embed"
 CLS_TOKEN = "backbone.cls_token"
+PERIODS = "backbone.rope.periods"
+CLASSIFIER = ("decode_head.conv_seg.weight", "decode_head.conv_seg.bias")
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What became of every key of a weight file and of the model it was loaded into; keys are the model's names.
 
-    resized and reinitialised map a key to what happened to it. The missing keys, which the file lacks, are among the
-    reinitialised; the unused are the file's own surplus.
+    Each of the model's keys is in one of loaded, resized (values of the file's, made to fit) and reinitialised; the last
+    two map it to what happened. The unused are the file's own surplus.
     """
 
     path: Path
@@ -40,12 +34,12 @@ class LoadReport:
     resized: dict[str, str]
     reinitialised: dict[str, str]
     unused: tuple[str, ...]
-    missing: tuple[str, ...]
+    licence: str  # what the file says, else that of the family's released weights
 
     def summary(self) -> str:
         """A table: each category's count, then one line for each key that wasn't simply loaded."""
         lines = [f"weights from {self.path}"]
-        for name in ("loaded", "resized", "reinitialised", "unused", "missing"):
+        for name in ("loaded", "resized", "reinitialised", "unused"):
             keys = getattr(self, name)
             lines.append(f"  {name:<14}{len(keys):>5}")
             if name in ("resized", "reinitialised"):
@@ -55,75 +49,116 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_weights(model: Segmenter, path: str | Path) -> LoadReport:
-    """Fill `model`, in place, from a file of any kind that read_weights knows.
+def load_weights(
+    model: Segmenter, path: str | Path, classes: Sequence[str] = (), partial: bool = False, match_classes: bool = True
+) -> LoadReport:
+    """Fill `model`, in place, from a file of any kind that read_weights knows, or from the hub (see locate_weights).
 
-    The position embedding is resized to the model's grid. conv_seg is drawn anew if the file has another number of
-    classes, and the whole head if the file has none. Raises ModelError if the file doesn't cover the whole backbone,
-    belongs to another architecture, or has a head of another shape.
+    Args:
+        classes: the names of the model's classes. Where the file tells its own, and they are others or in another order,
+            the classifier's rows go by name.
+        partial: draw anew what the file lacks of the backbone, or has in another shape. Else that is an error.
+        match_classes: False draws the classifier anew instead of taking rows by name.
+
+    The position embedding is resized to the model's grid. The classifier is drawn anew if the file has another number of
+    classes and doesn't name them, and the whole head if the file has none. Raises ModelError if the file doesn't cover the
+    whole backbone, belongs to another architecture, or has a head of another shape.
     """
-    path = Path(path)
+    path = locate_weights(path)
     state, metadata = read_weights(path), read_metadata(path)
     own = model.state_dict()
     assert not any(tensor.is_meta for tensor in own.values()), "load_weights needs a model with real tensors"
-    if metadata.get("patch_padding", model.patch_padding) != model.patch_padding:
-        raise ModelError(
-            f"{path}: was trained with patch_padding {metadata['patch_padding']}, set it so for the model too, "
-            f"which has {model.patch_padding}"
-        )
-    _check_backbone(model, state, own, path)
-    resized = _fit_position_embedding(model, state, metadata, path)
-    reinitialised = _fit_head(model, state, own, path)
-    missing = tuple(key for key in own if key not in state and key in reinitialised)
+    for key in ("patch_padding", "rope_precision"):
+        if metadata.get(key, getattr(model, key)) != getattr(model, key):
+            raise ModelError(
+                f"{path}: was trained with {key} {metadata[key]}, set it so for the model too, which has {getattr(model, key)}"
+            )
+    periods = check_periods(model, state, path)
+    reinitialised = _check_backbone(model, state, own, path, partial)
+    resized = {} if POS_EMBED in reinitialised else _fit_position_embedding(model, state, metadata, path)
+    reinitialised |= _fit_head(model, state, own, path)
+    if not any(key in reinitialised for key in CLASSIFIER):
+        kept, drawn = _fit_classes(model, state, _class_names(metadata), tuple(classes), match_classes)
+        resized, reinitialised = resized | kept, reinitialised | drawn
     loaded = {key: value for key, value in state.items() if key in own and key not in reinitialised}
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
         path=path,
-        loaded=tuple(loaded),
+        loaded=(*(key for key in loaded if key not in resized), *periods),
         resized=resized,
         reinitialised=reinitialised,
         unused=tuple(key for key in state if key not in own),
-        missing=missing,
+        licence=metadata["origin"].get("licence", "") if "origin" in metadata else model.arch.licence,
     )
 
 
-def _check_backbone(model: Segmenter, state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
-    wrong = [
-        key
-        for key in own
-        if key.startswith("backbone.")
-        and (key not in state or (key != POS_EMBED and state[key].shape != own[key].shape))
-    ]
+def check_periods(model: Segmenter, state: dict[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Take the RoPE's periods out of state: they are constants, which the model has by itself, rounded to bf16 in files."""
+    periods = state.pop(PERIODS, None)
+    if periods is None:
+        return ()
+    rope = getattr(model.backbone, "rope", None)
+    if rope is None or not torch.equal(rope.periods.bfloat16(), periods.bfloat16()):
+        raise ModelError(f"{path}: {PERIODS}: not those of {model.arch.name}: is the arch the right one?")
+    return (PERIODS,)
+
+
+def _check_backbone(
+    model: Segmenter, state: dict[str, Tensor], own: dict[str, Tensor], path: Path, partial: bool
+) -> dict[str, str]:
+    """The backbone's keys that stay as they were drawn, and why. Raises ModelError if there are any and not `partial`."""
+    wrong = {}
+    for key in own:
+        if key.startswith("backbone.") and key not in state:
+            wrong[key] = "not in the file"
+        elif key.startswith("backbone.") and key != POS_EMBED and state[key].shape != own[key].shape:
+            wrong[key] = f"{tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
     # A deeper model's file would cover a shallower one, with its last layers cut off.
-    wrong += [key for key in state if key.startswith("backbone.blocks.") and key not in own]
-    if wrong:
+    surplus = [key for key in state if key.startswith("backbone.blocks.") and key not in own]
+    covers_any = any(key.startswith("backbone.") and key not in wrong for key in own)
+    if (wrong or surplus) and not (partial and covers_any):
+        keys = [*wrong, *surplus]
         raise ModelError(
-            f"{path}: does not fit the backbone of {model.arch.name}, {len(wrong)} keys are missing, surplus or of "
-            f"another shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}); it looks like "
+            f"{path}: does not fit the backbone of {model.arch.name}, {len(keys)} keys are missing, surplus or of "
+            f"another shape ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); it looks like "
             f"{_describe_arch(state)}: is the arch the right one?"
         )
+    return wrong
+
+
+def find_arch(state: dict[str, Tensor]) -> Arch | None:
+    """The row of the table with this backbone's shapes."""
+    patches = state.get("backbone.patch_embed.proj.weight")
+    depth = len({key.split(".")[2] for key in state if key.startswith("backbone.blocks.")})
+    family = "sapiens2" if "backbone.blocks.0.attn.q_proj.weight" in state else "sapiens"
+    for arch in ARCHS.values():
+        shape = (arch.embed_dim, 3, arch.patch_size, arch.patch_size)
+        if patches is not None and patches.shape == shape and (arch.family, arch.depth) == (family, depth):
+            return arch
+    return None
 
 
 def _describe_arch(state: dict[str, Tensor]) -> str:
+    arch = find_arch(state)
+    if arch:
+        return arch.name
     patches = state.get("backbone.patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
         return f"no vision transformer (first keys: {', '.join(list(state)[:3])})"
-    embed_dim, patch = patches.shape[0], patches.shape[-1]
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.blocks.")})
-    for arch in ARCHS.values():
-        if (arch.embed_dim, arch.depth, arch.patch_size) == (embed_dim, depth, patch):
-            return arch.name
-    return f"no known arch (embed_dim {embed_dim}, {depth} blocks, patch {patch})"
+    return f"no known arch (embed_dim {patches.shape[0]}, {depth} blocks, patch {patches.shape[-1]})"
 
 
-def _fit_position_embedding(
-    model: Segmenter, state: dict[str, Tensor], metadata: dict[str, Any], path: Path
-) -> dict[str, str]:
-    """Drop the cls row of state's position embedding and resize the rest to the model's grid; says so if it did."""
-    embedding, grid = state[POS_EMBED], model.backbone.grid
+def _fit_position_embedding(model: Segmenter, state: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> dict[str, str]:
+    """Bring state's position embedding, if there is one, to the model's grid and prefix tokens; says so if it did."""
+    if POS_EMBED not in state:
+        return {}
+    embedding, grid = state[POS_EMBED], model.grid
     if embedding.ndim != 3 or embedding.shape[2] != model.arch.embed_dim:
         raise ModelError(f"{path}: {POS_EMBED} of shape {tuple(embedding.shape)} is no position embedding")
-    if CLS_TOKEN in state:
+    prefix = model.backbone.pos_embed.shape[1] - grid[0] * grid[1]  # rows of the class token, in some of timm's
+    first, embedding = embedding[:, :prefix], embedding[:, prefix:]
+    if CLS_TOKEN in state and model.backbone.cls_token is None:
         embedding = embedding[:, 1:]
     tokens = embedding.shape[1]
     try:
@@ -137,14 +172,14 @@ def _fit_position_embedding(
     except ModelError as error:
         raise ModelError(f"{path}: {POS_EMBED}: {error}, use a file for another image size") from None
     if old == grid:
-        state[POS_EMBED] = embedding
+        state[POS_EMBED] = torch.cat([first, embedding], dim=1)
         return {}
-    state[POS_EMBED] = resize_position_embedding(embedding, old, grid)
+    state[POS_EMBED] = torch.cat([first.float(), resize_position_embedding(embedding, old, grid)], dim=1)
     return {POS_EMBED: f"{old[0]}x{old[1]} -> {grid[0]}x{grid[1]}"}
 
 
 def _fit_head(model: Segmenter, state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, str]:
-    """Draw anew what the file can't give the head; says which keys, and why."""
+    """Draw the whole head anew if the file has none; says which keys. Raises ModelError for a part of one."""
     head = [key for key in own if key.startswith("decode_head.")]
     if not any(key in state for key in head):
         model.decode_head.reset_parameters()
@@ -152,42 +187,41 @@ def _fit_head(model: Segmenter, state: dict[str, Tensor], own: dict[str, Tensor]
     for key in head:
         if key not in state:
             raise ModelError(f"{path}: holds only a part of the head, {key} is missing: is the arch the right one?")
-    classifier = [key for key in head if key.startswith("decode_head.conv_seg.")]
-    for key in head:
         # The number of classes is the first dimension of conv_seg's tensors: that, and only that, may differ.
-        skip = 1 if key in classifier else 0
+        skip = 1 if key in CLASSIFIER else 0
         if state[key].shape[skip:] != own[key].shape[skip:]:
             raise ModelError(
                 f"{path}: {key} has shape {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}: "
                 "is the arch the right one?"
             )
-    classes = {state[key].shape[0] for key in classifier}
-    if classes == {model.num_classes}:
-        return {}
+    return {}
+
+
+def _class_names(metadata: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(entry["name"] for entry in metadata.get("label_set", {}).get("classes", ()))
+
+
+def _fit_classes(
+    model: Segmenter, state: dict[str, Tensor], theirs: tuple[str, ...], ours: tuple[str, ...], match: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Bring state's classifier to the model's classes: (what happened to keys that keep something, to those drawn anew)."""
+    there = {state[key].shape[0] for key in CLASSIFIER}
+    theirs, ours = [_plain(name) for name in theirs], [_plain(name) for name in ours]
+    named = there == {len(theirs)} and len(ours) == model.num_classes
+    if there == {model.num_classes} and (not named or theirs == ours):
+        return {}, {}
+    rows = {i: theirs.index(name) for i, name in enumerate(ours) if name in theirs} if named and match else {}
     model.decode_head.reset_classifier()
-    return dict.fromkeys(classifier, f"{max(classes)} classes in the file, {model.num_classes} in the model")
+    if not rows:
+        why = "other classes" if named else f"{max(there)} classes in the file, {model.num_classes} in the model"
+        return {}, dict.fromkeys(CLASSIFIER, why)
+    for key, parameter in zip(CLASSIFIER, (model.decode_head.conv_seg.weight, model.decode_head.conv_seg.bias), strict=True):
+        carried = parameter.detach().clone()
+        carried[list(rows)] = state[key][list(rows.values())].to(carried.dtype)
+        state[key] = carried
+    what = f"{len(rows)} of {len(ours)} classes taken by name from the file's {len(theirs)}, the others drawn anew"
+    return dict.fromkeys(CLASSIFIER, what), {}
 
 
-def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
-    """The model that one of our own .safetensors files describes and holds, fp32, on the CPU, in eval mode; and the
-    file's metadata. Raises ModelError if the metadata can't build the model or the tensors aren't the model's.
-    """
-    metadata = read_metadata(path)
-    absent = [key for key in ("arch", "num_classes", "image_size", "patch_padding") if key not in metadata]
-    if absent:
-        raise ModelError(f"{path}: its metadata lacks {', '.join(absent)}, give a .safetensors that training wrote")
-    height, width = metadata["image_size"]
-    try:
-        with torch.device("meta"):
-            model = build_segmenter(
-                metadata["arch"], metadata["num_classes"], (height, width), metadata["patch_padding"]
-            )
-    except ModelError as error:
-        raise ModelError(f"{path}: metadata: {error}") from None
-    state, own = read_weights(path), model.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    wrong += [key for key in state if key not in own]
-    if wrong:
-        raise ModelError(f"{path}: {len(wrong)} tensors are not those its metadata promises ({', '.join(wrong[:3])})")
-    model.load_state_dict(state, assign=True)
-    return model.float().eval(), metadata
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", str(name).lower())

@@ -88,6 +88,17 @@ def train(shards: Path, folder: Path, *overrides: str, processes: int = 1, timeo
     return Run(done.returncode, done.stdout, folder)
 
 
+def zero(stage: int, folder: Path) -> str:
+    """The override for a ZeRO stage. At stage 3 only vectors stay whole: as shipped, all of a small model would."""
+    if stage < 3:
+        return f"deepspeed=ds_configs/zero{stage}.json"
+    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+    path = folder / "zero3_partitioned.json"
+    path.write_text(json.dumps(settings))
+    return f"deepspeed={path}"
+
+
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout: float = 90) -> None:
     """Until the run in `folder` has logged optimizer step `step`."""
     deadline = time.monotonic() + timeout

@@ -1,4 +1,4 @@
-"""What the tests of model/ share: the golden data of the original Sapiens v1 and small models."""
+"""What the tests of model/ share: the golden data of the original Sapiens and Sapiens2, and small models."""
 
 import json
 from collections.abc import Callable
@@ -8,23 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model import ModelError
 from model.archs import Arch
 from model.segmenter import Segmenter, build_segmenter
+from model.weights import load_weights
 
-FOLDER = Path(__file__).parent / "fixtures" / "golden_v1"
-ARCH = Arch("golden", embed_dim=64, depth=4, num_heads=4, head_deconv=(32, 32, 32), head_conv=(32, 32, 32))
+FIXTURES = Path(__file__).parent / "fixtures"
+ARCH = Arch("golden", "sapiens", 64, 4, 4, 16, head_deconv=(32, 32, 32), head_conv=(32, 32, 32))
+ARCH2 = Arch("golden2", "sapiens2", 64, 20, 4, 16, (32, 32, 16, 16), (16, 16), "vit_base_patch16_sapiens2")
+MICRO = Arch("micro", "sapiens2", 32, 18, 4, 16, (16,), (16,), "vit_base_patch16_sapiens2", 2.0)
 SIZE = (128, 96)
 PADDING = {"pad2": 2, "nopad": 0}
 METADATA = {"arch": "tiny", "image_size": list(SIZE), "patch_padding": 2, "num_classes": 5, "step": 7}
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+EXPECTED = json.loads((FIXTURES / "golden_v1" / "expected.json").read_text())
+EXPECTED2 = json.loads((FIXTURES / "golden_v2" / "expected.json").read_text())
 
 
 @cache
-def arrays(name: str) -> dict[str, Tensor]:
-    with np.load(FOLDER / f"{name}.npz") as file:
+def arrays(name: str, version: int = 1) -> dict[str, Tensor]:
+    with np.load(FIXTURES / f"golden_v{version}" / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
@@ -42,9 +47,25 @@ def write_pretraining(path: Path, name: str, **changed: Tensor | None) -> Path:
     return path
 
 
+def write_segmentation2(path: Path) -> Path:
+    """Sapiens2's layout of a fine-tuned model, with the RoPE's periods in bf16."""
+    state = {key: value for part in range(1, 8) for key, value in arrays(f"segmentation_{part}", 2).items()}
+    periods = arrays("tensors", 2)["bf16/periods"].bfloat16()
+    save_file(state | {"backbone.rope_embed.periods": periods}, path, {"format": "pt"})
+    return path
+
+
 def build_golden(num_classes: int = 19, image_size: tuple[int, int] = SIZE, patch_padding: int = 2) -> Segmenter:
     torch.manual_seed(0)
     return Segmenter(ARCH, num_classes, image_size, patch_padding).eval()
+
+
+def build_golden2(path: Path, rope_precision: str = "bf16", num_classes: int = 29, arch: Arch = ARCH2) -> Segmenter:
+    """The small Sapiens2 with the weights at `path`."""
+    torch.manual_seed(0)
+    model = Segmenter(arch, num_classes, SIZE, rope_precision=rope_precision).eval()
+    load_weights(model, path)
+    return model
 
 
 def build_tiny(seed: int = 0, image_size: tuple[int, int] = SIZE) -> Segmenter:

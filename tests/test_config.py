@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,15 +17,10 @@ DEMO = Path("train/configs/demo.yaml")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_our_experiments_are_valid(path):
     config = load_config(path, [])
-    assert config.accumulation(8 if "face" in path.stem else 2) >= 1
+    assert config.accumulation(2 if path == DEMO else 8) >= 1
     for ds in Path("ds_configs").glob("*.json"):
         settings = resolve(config.model_copy(update={"deepspeed": ds}), 2, on_gpu=True)
         assert '"auto"' not in json.dumps(settings)
-
-
-def test_recomputation_from_1b():
-    sizes = {path.stem: load_config(path, []).model.recompute for path in CONFIGS if "face" in path.stem}
-    assert sizes == {"face_0.3b": False, "face_0.6b": False, "face_1b": True, "face_2b": True}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +38,22 @@ def test_recomputation_from_1b():
         (["data=3"], "data: "),
         (["augment.scale=[0,1]"], "augment.scale: .*no range"),
         (["optimizer.betas=[0.9,1]"], "optimizer.betas.1: .*less than 1"),
+        (["micro_batch_size=true"], "micro_batch_size: .*true or false"),
+        (["augment.flip_probability=yes"], "augment.flip_probability: .*true or false"),
+        (["augment.photometric=maybe"], "augment.photometric: "),
+        (["optimizer.lr=.inf"], "optimizer.lr: .*finite"),
+        (["augment.scale=[0.5,.inf]"], "augment.scale.1: .*finite"),
+        (["schedule.steps=null", "schedule.epochs=1e300"], "schedule.epochs: .*less than"),
+        (["schedule.steps=null", "schedule.epochs=.inf"], "schedule.epochs: "),
         (["nonsense"], "write key=value"),
-        (["global_batch_size.x=1"], "global_batch_size is a value"),
+        (["global_batch_size.x=1"], "global_batch_size: .*valid integer"),
+        (["seed=1", "seed.x=1"], "seed is a value"),
+        (["base=train/configs/face_1b.yaml"], "base: unknown key"),
         (["a=[1"], "not a YAML value"),
+        (["data.train=[]"], "data.train: names no shard set"),
+        (["data.train=[3]"], "data.train.0: must hold keys with values, not 3$"),
+        (["data.train=[{path: a, wieght: 2}]"], "data.train.0.wieght: unknown key; known here: path, weight, label_map$"),
+        (["data.train=[{path: a, weight: -2}]"], "data.train.0.weight: .*, not -2$"),
     ],
 )
 def test_mistakes_are_named_in_one_line(overrides, message):
@@ -53,18 +62,75 @@ def test_mistakes_are_named_in_one_line(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_shard_sets_by_their_paths_alone():
+    entries = load_config(DEMO, ["data.train=[a/train, {path: b/train, weight: 0.5}]"]).data.train
+    assert [(entry.path, entry.weight) for entry in entries] == [("a/train", 1), ("b/train", 0.5)]
+    assert load_config(DEMO, ["data.train=a/train"]).data.train == entries[:1]
+
+
 def test_all_mistakes_at_once():
     with pytest.raises(TrainError, match="model.arhc.*optimizer.lr"):
         load_config(DEMO, ["model.arhc=tiny", "optimizer.lr=fast"])
 
 
 def test_yaml_files_that_are_none(tmp_path):
-    for text, message in (("a: [", "not readable as YAML"), ("", "holds no"), ("seed: 1\n", "data: missing")):
+    for text, message in (
+        ("a: [", "not valid YAML"), ("", "holds no"), ("seed: 1\n", "data: missing"), ("seed: 1\nseed: 2\n", "stands twice")
+    ):  # fmt: skip
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(TrainError, match=message):
             load_config(tmp_path / "x.yaml", [])
-    with pytest.raises(TrainError, match="no such config; there are .*demo.yaml"):
+    with pytest.raises(TrainError, match="no such config; in train/configs there are .*demo"):
         load_config(tmp_path / "y.yaml", [])
+
+
+def write(folder, **files):
+    """NAME.yaml of each text; returns the first one's path."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_base_is_changed_key_by_key(tmp_path):
+    (tmp_path / "sub").mkdir()
+    top = write(
+        tmp_path,
+        top="base: sub/middle.yaml\nschedule: {steps: 9}\naugment: {scale: [0.5, 1.5]}\n",
+        **{"sub/middle": "base: ../low.yaml\nschedule: {steps: 8, warmup_steps: 3}\nseed: 7\n", "low": DEMO.read_text()},
+    )
+    plain, config = load_config(DEMO, []), load_config(top, ["schedule.warmup_steps=2"])
+    assert (config.schedule.steps, config.schedule.warmup_steps, config.seed) == (9, 2, 7)
+    assert config.augment.scale == (0.5, 1.5) and config.augment.photometric is False
+    same = {"schedule", "seed", "augment"}
+    assert config.model_dump(exclude=same) == plain.model_dump(exclude=same)
+    again = write(tmp_path, again=yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(again, []) == config
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml"}, "a.yaml: base: .*b.yaml: no such file"),
+        ({"a": "base: a.yaml"}, "a.yaml: base: a.yaml builds on this file itself"),
+        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: ../{}/b.yaml"}, "c.yaml: base: .*b.yaml builds on this"),
+        ({"a": "base: [b.yaml, c.yaml]"}, "a.yaml: base: must be the path of one YAML file, not \\['b.yaml'"),
+        ({"a": "base:"}, "a.yaml: base: must be the path of one YAML file, not None"),
+        ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml: holds no"),
+        ({"a": "base: b.yaml", "b": "a: ["}, "b.yaml: not valid YAML"),
+        ({"a": "base: b.yaml\nlog_every: 1", "b": "log_evry: 1"}, "a.yaml: .*data: missing.*; .*b.yaml: log_evry: unknown key"),
+        ({"a": "base: b.yaml\nmodel: 3", "b": "model: {arch: tiny}"}, "a.yaml: .*; model: .*not 3"),
+    ],
+)
+def test_mistakes_in_a_base_are_told_with_its_name(tmp_path, files, message):
+    files = {name: text.replace("{}", tmp_path.name) for name, text in files.items()}
+    with pytest.raises(TrainError, match=message) as caught:
+        load_config(write(tmp_path, **files), [])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_is_not_blamed_on_the_base():
+    with pytest.raises(TrainError, match=r"^train/configs/lip_2b.yaml: optimizer.lr: .*; loss.dise: unknown key"):
+        load_config(Path("train/configs/lip_2b.yaml"), ["optimizer.lr=fast", "loss.dise=1"])
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))

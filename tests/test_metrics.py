@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.model_cases import FOLDER, arrays
+from tests.model_cases import FIXTURES, arrays
 from train.metrics import ConfusionMatrix
 
-GOLDEN = json.loads((FOLDER / "metric.json").read_text())
+GOLDEN = json.loads((FIXTURES / "golden_v1" / "metric.json").read_text())
 
 
 def numbers(values):

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,18 +34,61 @@ def test_every_parameter_in_one_group_with_its_rates():
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3 * g["lr_scale"] * 0.25 for g in groups]
 
 
+def factors(total: int, **keys) -> np.ndarray:
+    config = ScheduleConfig(steps=total, **keys)
+    return np.array([lr_factor(step, total, config) for step in range(total)])
+
+
+def golden(name: str) -> np.ndarray:
+    """The original's learning rate in each step, over its base rate."""
+    with np.load(Path(__file__).parent / "fixtures" / "golden_schedules.npz") as file:
+        return file[name] / 5e-4
+
+
 def test_warm_up_is_the_originals():
-    config = ScheduleConfig(steps=10**9, warmup_steps=400, warmup_factor=1e-3)
-    for step in (0, 1, 200, 399, 400, 500):
-        expected = 1e-3 + (1 - 1e-3) * min(step, 399) / 399
-        assert lr_factor(step, 10**9, config) == pytest.approx(expected, rel=1e-5)
+    for decay in ("linear", "cosine"):
+        config = ScheduleConfig(steps=10**9, warmup_steps=400, decay=decay)
+        ours = [lr_factor(step, 10**9, config) for step in range(600)]
+        assert np.allclose(ours, 1e-3 + (1 - 1e-3) * np.minimum(np.arange(600), 399) / 399, rtol=1e-5)
 
 
-@given(st.integers(1, 5000), st.integers(0, 500), st.floats(0, 1))
-def test_no_step_is_spent_at_zero_and_the_decay_is_linear(total, warmup, factor):
-    config = ScheduleConfig(steps=total, warmup_steps=warmup, warmup_factor=factor)
-    factors = np.array([lr_factor(step, total, config) for step in range(total)])
-    assert (factors[1:] > 0).all() and (factors <= 1).all()
-    after = factors[warmup:]
-    if len(after) > 2:
-        assert np.allclose(np.diff(after), -1 / total)
+@pytest.mark.parametrize(("steps", "epochs"), [(50, 200), (50, 20), (3, 200)])
+def test_linear_decay_is_within_an_epoch_of_sapiens(steps, epochs):
+    """The original lowers the rate after each epoch, and spends the whole last one at zero; ours falls in each step and
+    is never zero. They are never farther apart than one of the original's falls."""
+    theirs = golden(f"v1_{steps}_steps_{epochs}_epochs")
+    ours = factors(steps * epochs, warmup_steps=400)[: len(theirs)]
+    assert np.abs(ours - theirs).max() < 1 / (epochs - 1)
+    assert ours[0] == theirs[0] and (ours > 0).all()
+    if len(theirs) == steps * epochs:
+        assert (theirs[-steps:] == 0).all()
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(400, 50), (20000, 500)])
+def test_linear_after_warmup_is_sapiens2s(total, warmup):
+    theirs = golden(f"v2_{total}_steps")
+    ours = factors(total, warmup_steps=warmup, decay="linear_after_warmup")
+    assert np.allclose(ours[: len(theirs)], theirs, rtol=0, atol=1e-12)
+    assert ours[warmup] == 1 and ours.argmax() == warmup
+
+
+def test_cosine_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=300)
+    theirs = []
+    for _ in range(300):
+        theirs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert np.allclose(factors(300, warmup_steps=0, decay="cosine"), theirs, rtol=0, atol=1e-12)
+
+
+@given(st.integers(1, 5000), st.integers(0, 500), st.floats(0, 1), st.sampled_from(["linear", "linear_after_warmup", "cosine"]))
+def test_no_step_but_the_first_is_spent_at_zero(total, warmup, factor, decay):
+    ours = factors(total, warmup_steps=warmup, warmup_factor=factor, decay=decay)
+    assert (ours[1:] > 0).all() and (ours <= 1).all() and (factor == 0 or ours[0] > 0)
+    after = ours[warmup:]
+    assert (np.diff(after) < 0).all()
+    if len(after) > 2 and decay != "cosine":
+        assert np.allclose(np.diff(after), -1 / (total if decay == "linear" else total - warmup))

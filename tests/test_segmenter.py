@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelError
 from model.archs import ARCHS, get_arch
 from model.head import SampleDropout2d
 from model.segmenter import Segmenter, build_segmenter, has_weight_decay, layer_id, normalize
-from model.weights import load_weights, rename_key
-from tests.model_cases import ARCH, EXPECTED, PADDING, SIZE, arrays, build_golden, build_tiny, write_segmentation
+from model.weight_files import rename_key
+from model.weights import load_weights
+from tests.model_cases import ARCH, EXPECTED, EXPECTED2, PADDING, SIZE, arrays, build_golden, build_tiny, write_segmentation
 
 IGNORE = 255
 
@@ -99,17 +101,23 @@ def test_a_parameter_of_no_layer_is_refused(name):
         layer_id(name, depth=4)
 
 
-@pytest.mark.parametrize("name", EXPECTED["parameters"])
-def test_parameter_counts_are_the_originals(name):
-    with torch.device("meta"):
-        model = build_segmenter(name, num_classes=19, image_size=(1024, 768))
-    counts = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.decode_head)]
-    assert counts == EXPECTED["parameters"][name]
-    assert next(model.parameters()).is_meta
+@pytest.mark.parametrize("name", ARCHS.keys() - {"tiny", "tiny2"})
+def test_parameters_and_flops_are_the_originals(name):
+    if name in EXPECTED["parameters"]:
+        classes, parameters, gflops = 19, EXPECTED["parameters"][name], EXPECTED["gflops"][name]
+    else:
+        classes, (parameters, gflops) = 29, EXPECTED2["models"][name].values()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_segmenter(name, classes, (1024, 768)).eval()
+        model(torch.empty(1, 3, 1024, 768))
+    parts = ("backbone", "decode_head")
+    assert [sum(p.numel() for p in getattr(model, part).parameters()) for part in parts] == parameters
+    counts = [sum(counter.get_flop_counts()[f"Segmenter.{part}"].values()) / 1e9 for part in parts]
+    assert counts == pytest.approx(gflops, rel=1e-9)
 
 
 def test_every_known_size_is_in_the_table():
-    assert set(ARCHS) == {*EXPECTED["parameters"], "tiny"}
+    assert ARCHS.keys() == {*EXPECTED["parameters"], *EXPECTED2["models"], "tiny", "tiny2"}
     with pytest.raises(ModelError, match="sapiens_3b.*sapiens_0.3b.*tiny"):
         get_arch("sapiens_3b")
 

@@ -15,11 +15,13 @@ from data.loader import TrainExamples, train_batches
 from data.mixture import Mixture
 from data.order import BatchPlan
 from model.segmenter import build_segmenter
-from model.weights import load_segmenter, read_weights
+from model.trained import load_segmenter
+from model.weight_files import read_weights
 from tests.conftest import ROOT, train, train_command, train_environment, wait_for_step
 from train.config import load_config
 from train.loss import PixelLoss, class_weights
 from train.optim import build_optimizer, lr_factor, parameter_groups, set_lr
+from train.track import _drop_after
 
 STEPS = [
     "schedule.steps=20", "schedule.warmup_steps=5", "optimizer.lr=2e-3", "optimizer.layer_decay=0.8",
@@ -35,14 +37,14 @@ def plain_losses(shards: Path, folder: Path) -> dict[int, float]:
     train_set = Mixture.open(config.data.train)
     torch.manual_seed(config.seed)
     spec = config.model
-    model = build_segmenter(spec.arch, 19, spec.image_size, spec.patch_padding, spec.dropout)
+    model = build_segmenter(spec.arch, 19, spec.image_size, spec.patch_padding, dropout=spec.dropout)
     optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, on_gpu=False)
     loss = PixelLoss(class_weights("auto", train_set.pixel_counts, train_set.label_set), train_set.label_set)
     examples = TrainExamples(train_set, train_set.order(config.seed), spec.image_size, config.augment)
     losses = {}
     for step, (batch,) in enumerate(train_batches(examples, BatchPlan(8, 8, 0, 1), 0, 20, 0)):
         set_lr(optimizer, config.optimizer.lr, lr_factor(step, 20, config.schedule))
-        value = loss.sum(model(batch.images, batch.seeds), batch.labels) / loss.weight_of(batch.pixel_counts)
+        value = loss.share(model(batch.images, batch.seeds), batch.labels, loss.totals(batch.pixel_counts))
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
@@ -75,7 +77,8 @@ def test_losses_equal_plain_pytorch(shards, tmp_path, reference, stage, processe
     assert len(run.losses) == 20 and difference < 2e-5
     model, metadata = load_segmenter(tmp_path / "model.safetensors")
     assert metadata["arch"] == "tiny" and metadata["label_set"]["flip_pairs"] == [[3, 4], [5, 6], [7, 8]]
-    assert metadata["step"] == 20 and model.num_classes == 19
+    assert metadata["step"] == 20 and model.num_classes == 19 and len(metadata["revision"]) >= 40
+    assert metadata["normalization"]["mean"] == [123.675, 116.28, 103.53] and metadata["patch_padding"] == 0
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -98,8 +101,8 @@ def test_what_is_not_finite_ends_the_run(shards, tmp_path, stage):
 @pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 1)])
 def test_killed_run_continues_as_if_it_had_not_been(shards, tmp_path, stage, processes):
     settings = [
-        "model.dropout=0.1", "augment.photometric=true", "schedule.steps=14", "schedule.warmup_steps=2", "checkpoint.every_steps=4",
-        "data.workers=1", f"deepspeed=ds_configs/zero{stage}.json",
+        "model.dropout=0.1", "augment.photometric=true", "schedule.steps=14", "schedule.warmup_steps=2",
+        "checkpoint.every_steps=4", "data.workers=1", f"deepspeed=ds_configs/zero{stage}.json",
     ]  # fmt: skip
     whole = train(shards, tmp_path / "whole", *settings, processes=processes)
     assert whole.code == 0, whole.output
@@ -131,6 +134,10 @@ def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):
     refused = train(shards, tmp_path / "c", "schedule.steps=6", f"resume_from={tmp_path / 'a'}", "seed=9", "data.window=5")
     assert refused.code != 0 and "Traceback" not in refused.output
     assert "seed was 0, is 9" in refused.output and "window was None, is 5" in refused.output
+    going_back = train(shards, tmp_path / "a", "schedule.steps=6", f"resume_from={tmp_path / 'a/checkpoints/step_00000002'}")
+    assert going_back.code != 0 and "not the newest of output_dir, which is step_00000004" in going_back.output
+    passed_over = train(shards, tmp_path / "b", "schedule.steps=6", f"resume_from={tmp_path / 'a'}")
+    assert passed_over.code == 0 and "resume_from is passed over" in passed_over.output
 
 
 def test_load_from_takes_weights_only(shards, tmp_path):
@@ -179,3 +186,13 @@ def test_wandb_offline_and_a_failing_one(shards, tmp_path):
     failing = train(shards, tmp_path / "off", "schedule.steps=2", "wandb.mode=offline")
     assert failing.code == 0 and "wandb.init failed and is passed over" in failing.output
     assert failing.losses == run.losses
+
+
+def test_the_record_is_cut_beside_and_renamed(tmp_path):
+    """A run killed in the midst of it would else have lost all of its record."""
+    path, before = tmp_path / "metrics.jsonl", tmp_path / "before"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    os.link(path, before)
+    _drop_after(path, 2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert before.read_text().endswith('{"st') and len(list(tmp_path.iterdir())) == 2

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from model.weights import load_segmenter, read_metadata, read_weights, save_safetensors
+from model.trained import load_segmenter
+from model.weight_files import read_metadata, read_weights, save_safetensors
 from tests.model_cases import METADATA, build_tiny, refused, write_segmentation
 
 

@@ -20,6 +20,7 @@ from data.remote import FileCache
 from data.shards import ShardSet
 from model import ModelError
 from model.archs import get_arch
+from model.weight_files import HUB, locate_weights
 from train import TrainError, checkpoint, deepspeed_config
 from train.config import Config, load_config, training_order
 from train.loss import class_weights
@@ -47,7 +48,10 @@ def run(config: Config, check_only: bool) -> None:
     """Check, then train. Whatever can be wrong is told before the slow imports and the first allocation."""
     cache = FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9))
     train = Mixture.open(config.data.train, cache)
-    val = ShardSet.open(config.data.val, cache) if config.data.val else None
+    try:
+        val = ShardSet.open(config.data.val, cache) if config.data.val else None
+    except DataError as error:
+        raise DataError(f"data.val: {error}") from None
     settings = check(config, train, val)
     if check_only:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
@@ -69,12 +73,20 @@ def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any
             f"data.train has {train.label_set.name} with {train.label_set.num_classes}, or other names, pairs or ignored "
             "values; build both from one set"
         )
-    get_arch(config.model.arch).check(config.model.image_size, config.model.patch_padding)
+    arch, padding = get_arch(config.model.arch), config.model.patch_padding
+    arch.check(config.model.image_size, arch.patch_padding if padding is None else padding)
     class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
-    if config.resume_from:
-        checkpoint.locate(config.resume_from)
-    if config.load_from and not config.load_from.is_file():
-        raise TrainError(f"load_from: {config.load_from}: no such file")
+    if config.augment.background_class >= train.label_set.num_classes:
+        raise TrainError(
+            f"augment.background_class: {config.augment.background_class} is no class of {train.label_set.name}, which has "
+            f"0..{train.label_set.num_classes - 1}"
+        )
+    checkpoint.source(config.output_dir, config.resume_from)
+    if config.load_from and not config.load_from.startswith(HUB):
+        try:
+            locate_weights(config.load_from)
+        except ModelError as error:
+            raise TrainError(f"load_from: {error}") from None
     total_steps = config.total_steps(training_order(config, train).epoch_length)
     if config.schedule.warmup_steps >= total_steps:
         raise TrainError(

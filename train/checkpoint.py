@@ -14,6 +14,8 @@ from train import TrainError
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds; `locate` needs none of it
     from deepspeed import DeepSpeedEngine
 
+    from train.ema import Ema
+
 META = "run.json"
 MAY_DIFFER = {"step", "total_steps", "origin"}
 
@@ -33,12 +35,16 @@ class RunState:
     arch: str
     num_classes: int
     image_size: list[int]
+    patch_padding: int
+    rope_precision: str
     data_fingerprint: str
     window: int | None
     rare_share: float | None
+    freeze: str | int | None
+    ema_decay: float | None
 
 
-def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int) -> Path:
+def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int, ema: "Ema | None" = None) -> Path:
     """Write folder/step_N and remove all but the newest `keep`. Every rank must call it."""
     final = folder / f"step_{state.step:08d}"
     unfinished = folder / f"unfinished_{final.name}"
@@ -47,6 +53,8 @@ def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int) ->
         unfinished.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(folder, tag=unfinished.name, save_latest=False)
+    if ema:
+        ema.save(unfinished)
     dist.barrier()
     if dist.get_rank() == 0:
         (unfinished / META).write_text(json.dumps(asdict(state), indent=1))
@@ -77,8 +85,23 @@ def locate(path: Path) -> Path:
     return found
 
 
-def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState) -> RunState:
-    """Put the engine into the checkpoint's state; returns `now` at its step. Every rank must call it.
+def source(output_dir: Path, resume_from: Path | None) -> Path | None:
+    """The checkpoint to continue from: output_dir's own newest before the one that resume_from means; None for a new run.
+
+    Raises TrainError if resume_from means none, or an older one of output_dir: what came after it would be in the way.
+    """
+    own = find(output_dir / "checkpoints")
+    given = locate(resume_from) if resume_from else None
+    if own and given and given.resolve() != own.resolve() and given.resolve().parent == own.resolve().parent:
+        raise TrainError(
+            f"resume_from: {given} is not the newest of output_dir, which is {own.name}; to go back to it, give another "
+            "output_dir, or remove what is newer"
+        )
+    return own or given
+
+
+def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState, ema: "Ema | None" = None) -> RunState:
+    """Put the engine and the average into the checkpoint's state; returns `now` at its step. Every rank must call it.
 
     Raises TrainError naming what differs, when the run could not go on as it was.
     """
@@ -99,6 +122,8 @@ def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState) -> RunState
     loaded, _ = engine.load_checkpoint(checkpoint.parent, tag=checkpoint.name)
     if loaded is None:  # DeepSpeed says so and nothing more: the run would start over in silence
         raise TrainError(f"{checkpoint}: DeepSpeed found nothing to load; resume from another checkpoint")
+    if ema:
+        ema.load(checkpoint)
     return replace(now, step=then.step, origin=then.origin)
 
 

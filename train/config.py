@@ -3,26 +3,31 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data.augment import AugmentConfig
+from data.labels import reason
 from data.mixture import Mixture, MixtureEntry
 from data.order import Order
+from data.yaml_files import Settings
 from model.archs import ARCHS, get_arch
 from train import TrainError
+from train.config_files import file_of, merge, read_layers
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel, frozen=True, extra="forbid"):
-    """Unknown keys are errors: a misspelt one would otherwise train with the default in silence."""
-
-
-class DataConfig(_Section):
+class DataConfig(Settings):
     train: tuple[MixtureEntry, ...] = Field(
-        min_length=1,
-        description="shard folder or URL of the training split (holds index.json), or several: [{path, weight, label_map}]",
+        description="shard folder or URL of the training split (holds index.json), or several: [PATH, {path, weight, label_map}]",
     )
     val: str | None = Field(None, description="the validation split; none: no evaluation")
     workers: int = Field(4, ge=0, description="loader processes for each GPU; 0 loads in the training process")
@@ -39,23 +44,46 @@ class DataConfig(_Section):
     @field_validator("train", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, train: Any) -> Any:
-        return ({"path": train},) if isinstance(train, str) else train
+        return (train,) if isinstance(train, str) else train
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, train: tuple[MixtureEntry, ...]) -> tuple[MixtureEntry, ...]:
+        if not train:  # min_length would also count entries that are at fault themselves as missing
+            raise ValueError("names no shard set; give the folder or URL of one")
+        return train
 
 
-class ModelConfig(_Section):
-    arch: str = Field(description=f"one of {', '.join(ARCHS)}")
+class ModelConfig(Settings):
+    arch: str = Field(description=f"one of {', '.join(ARCHS)}, or timm:NAME")
     image_size: tuple[PositiveInt, PositiveInt] = Field((1024, 768), description="height, width")
-    patch_padding: int = Field(2, ge=0, description="of the patch convolution: 2 as pre-trained, LIP, CIHP; 0 face, Goliath")
+    patch_padding: int | None = Field(
+        None, ge=0, description="of the patch convolution: 0 for face and Goliath; null: as pre-trained, 2 for Sapiens v1"
+    )
+    rope_precision: Literal["bf16", "fp32"] = Field("bf16", description="Sapiens2's; bf16 is how it was pre-trained")
     dropout: Fraction = Field(0.1, description="of the head's channels")
+    drop_path: Fraction = Field(0.0, description="stochastic depth: the last block's rate, growing from 0")
     recompute: bool = Field(False, description="recompute every block in the backward pass: less memory, a third more work")
+    freeze: Literal["backbone"] | Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="what does not learn: backbone, or the embeddings and so many of the first blocks; null: all learns"
+    )
 
     @field_validator("arch")
     @classmethod
     def _known(cls, name: str) -> str:
         return get_arch(name).name
 
+    @field_validator("freeze")
+    @classmethod
+    def _has_so_many_blocks(cls, freeze: str | int | None, info: ValidationInfo) -> str | int | None:
+        if isinstance(freeze, int) and "arch" in info.data:
+            depth = get_arch(info.data["arch"]).depth
+            if freeze > depth:
+                raise ValueError(f"{info.data['arch']} has {depth} blocks; give 0..{depth}, or backbone for all of it")
+        return freeze
 
-class OptimizerConfig(_Section):
+
+class OptimizerConfig(Settings):
     lr: PositiveFloat = 5e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(0.1, ge=0, description="not applied to 1-D tensors, biases and pos_embed")
@@ -63,11 +91,14 @@ class OptimizerConfig(_Section):
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 
-class ScheduleConfig(_Section):
-    epochs: PositiveFloat | None = Field(None, description="length of the run; give this or `steps`")
+class ScheduleConfig(Settings):
+    epochs: float | None = Field(None, gt=0, le=1e6, description="length of the run; give this or `steps`")
     steps: PositiveInt | None = Field(None, description="length of the run in optimizer steps")
     warmup_steps: int = Field(400, ge=0)
     warmup_factor: float = Field(1e-3, ge=0, le=1, description="lr factor of the first warm-up step")
+    decay: Literal["linear", "linear_after_warmup", "cosine"] = Field(
+        "linear", description="linear and cosine fall from the first step on, as Sapiens v1's; linear_after_warmup is Sapiens2's"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "ScheduleConfig":
@@ -76,37 +107,49 @@ class ScheduleConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
+class LossConfig(Settings):
     class_weights: Literal["none", "auto", "label_set"] | list[float] = Field(
         "none",
         description="auto: from the pixel counts in the shards' index, so that small parts are learnt soon; label_set: its own",
     )
+    label_smoothing: Fraction = Field(0.0, description="of the cross-entropy's targets, spread evenly over the classes")
+    dice: float = Field(0.0, ge=0, le=1e3, description="weight of the soft Dice loss of the foreground classes")
 
 
-class CheckpointConfig(_Section):
+class EmaConfig(Settings):
+    decay: float | None = Field(
+        None, gt=0, lt=1, description="of a moving average of the weights, which is validated and exported; null: none"
+    )
+
+
+class CheckpointConfig(Settings):
     every_steps: PositiveInt = 1000
     keep: PositiveInt = Field(2, description="the newest so many stay on disk")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Settings):
     every_steps: PositiveInt | None = Field(None, description="null: at the end only")
     batch_size: PositiveInt = Field(4, description="images for each GPU")
     pictures: int = Field(8, ge=0, description="examples on the contact sheet")
 
 
-class WandbConfig(_Section):
+class WandbConfig(Settings):
     mode: Literal["online", "offline", "disabled"] = "offline"
     project: str = "sapiens-seg"
     entity: str | None = None
 
 
-class Config(_Section):
+class Config(Settings):
     """See README.md and train/configs/."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     output_dir: Path = Field(Path("outputs/run"), description="checkpoints, logs, pictures; the same folder resumes")
     resume_from: Path | None = Field(None, description="a run's output_dir, or one checkpoint in it, to continue from")
-    load_from: Path | None = Field(None, description="weights to start from: .pth or .safetensors")
+    load_from: str | None = Field(
+        None, description="weights to start from: .pth, .safetensors or hf-hub:OWNER/NAME[/FILE][@REVISION]"
+    )
+    load_partial: bool = Field(False, description="draw anew what the file lacks of the backbone, instead of refusing it")
+    load_classes: bool = Field(True, description="where classes differ, take the head's rows of those with the same name")
     deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="memory and communication settings")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     global_batch_size: PositiveInt = Field(description="samples in one optimizer step, over all GPUs")
@@ -118,6 +161,7 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     loss: LossConfig = LossConfig()
+    ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     wandb: WandbConfig = WandbConfig()
@@ -145,42 +189,24 @@ def training_order(config: Config, train: Mixture) -> Order:
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Read the YAML at `path`, apply `a.b=value` overrides, check all keys. Raises TrainError naming them all at once."""
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("train/configs").glob("*.yaml")))
-        raise TrainError(f"{path}: no such config; there are {known}")
+    """The YAML at `path`, on top of the files that it names as its `base`, and below `a.b=value` overrides. Checks all keys.
+
+    Raises TrainError naming the wrong ones all at once, and the file of each.
+    """
+    layers = read_layers(path, overrides)
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TrainError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise TrainError(f"{path}: holds no `key: value` lines")
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return Config.model_validate(values)
+        return Config.model_validate(merge(layers))
     except ValidationError as error:
-        raise TrainError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise TrainError(f"override {override!r}: write key=value, for example optimizer.lr=1e-4")
-    *sections, key = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise TrainError(f"override {override!r}: {section} is a value, not a section")
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise TrainError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        found: dict[Path, list[str]] = {}
+        for problem in error.errors():
+            found.setdefault(file_of(problem["loc"], layers), []).append(_describe(problem))
+        raise TrainError("; ".join(f"{file}: {'; '.join(problems)}" for file, problems in found.items())) from None
 
 
 def _describe(error: dict[str, Any]) -> str:
     """One pydantic finding with its dotted key; an unknown key comes with the known ones of its section."""
-    loc = [part for part in error["loc"] if not str(part).startswith(("list[", "literal["))]  # the branches of a union
+    branches = ("list[", "literal[", "constrained-")  # of a union
+    loc = [part for part in error["loc"] if not str(part).startswith(branches)]
     key = ".".join(str(part) for part in loc)
     if error["type"] == "extra_forbidden":
         model: Any = Config
@@ -189,6 +215,6 @@ def _describe(error: dict[str, Any]) -> str:
         return f"{key}: unknown key; known here: {', '.join(model.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = reason(error)
     given = error["input"]
     return f"{key}: {message}" + (f", not {given!r}" if isinstance(given, str | int | float | bool | None) else "")

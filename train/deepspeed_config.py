@@ -53,7 +53,7 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
             holder[name] = value
         elif holder[name] != value:
             raise TrainError(f'{path}: {key}: {holder[name]} contradicts the experiment, which gives {value}; write "auto"')
-    _refuse_traps(path, settings, bf16)
+    _refuse_traps(path, settings, bf16, config.ema.decay is not None)
     return settings
 
 
@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool) -> None:
+def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, ema: bool) -> None:
     left = _find_auto(settings)
     if left:
         raise TrainError(f'{path}: {", ".join(left)}: "auto" cannot be filled here; write a value')
@@ -97,6 +97,8 @@ def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool) -> None:
         raise TrainError(f"{path}: data_types: DeepSpeed has none of it at ZeRO stage 0; remove it")
     if bf16 and not half and not autocast:
         raise TrainError(f'{path}: bf16: missing, but precision is bf16; add "bf16": {{"enabled": "auto"}}')
+    if ema and settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+        raise TrainError(f"{path}: offload_param: weights on NVMe cannot be averaged; offload to cpu, or set ema.decay=null")
 
 
 def _find_auto(value: Any, key: str = "") -> list[str]:

@@ -1,5 +1,6 @@
 """The process's place in the job, and the DeepSpeed engine around the model."""
 
+import gc
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
 from pydantic import ValidationError
 
 from model.segmenter import Segmenter
@@ -97,20 +98,52 @@ def build_engine(model: Segmenter, config: Config, settings: dict, job: Job) -> 
     and DeepSpeed partitions it from there. Raises TrainError for a key that DeepSpeed does not know.
     """
     optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, job.on_gpu)
+    gc.freeze()  # its bf16 optimizer collects garbage twice for each group: half a minute of looking through all of PyTorch
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise TrainError(f"{config.deepspeed}: DeepSpeed refuses {found}") from None
+    finally:
+        gc.unfreeze()
     return engine
 
 
 def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All parameters in fp32 on the CPU, by name: the optimizer's masters, at any ZeRO stage. Every rank must call it;
-    ranks other than 0 get an empty dict."""
+    """All parameters in fp32 on the CPU, by name: the optimizer's masters, at any ZeRO stage, and the frozen ones as they
+    are. Every rank must call it; ranks other than 0 get an empty dict."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if dist.get_rank() == 0:
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+        full = safe_get_full_fp32_param(parameter)  # None without ZeRO, and for a frozen one
+        with deepspeed.zero.GatheredParameters([parameter], enabled=full is None):
+            if dist.get_rank() == 0:
+                weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
     return weights
+
+
+class Masters:
+    """The fp32 weights that this rank's optimizer steps: all of them at ZeRO stage 0, else its part."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.stage, self.optimizer = engine.zero_optimization_stage(), engine.optimizer
+        self.parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+    def read(self) -> list[torch.Tensor]:
+        """One tensor for each parameter, or at stages 1 and 2 for each of the optimizer's groups: not copies."""
+        if self.stage == 3:
+            return [safe_get_local_fp32_param(parameter).detach() for parameter in self.parameters]
+        return [master.detach() for group in self.optimizer.param_groups for master in group["params"]]
+
+    def write(self, values: list[torch.Tensor]) -> None:
+        """Set them, and the model's weights after them as an optimizer step does. Every rank must call it."""
+        if self.stage == 3:
+            self.optimizer.checkpoint_event_prologue()  # lets go of the small parameters, which stay gathered
+            for parameter, value in zip(self.parameters, values, strict=True):
+                safe_set_local_fp32_param(parameter, value)
+                parameter.ds_tensor.data.copy_(value)
+            self.optimizer.checkpoint_event_epilogue()  # and gathers them anew
+            return
+        for master, value in zip(self.read(), values, strict=True):
+            master.copy_(value)
+        if self.stage > 0:
+            self.optimizer.update_lp_params()

@@ -15,13 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DataError
+from data.arguments import whole_number
 from data.labels import LabelSet
 from data.loader import ValidationExamples, decode, validation_batches
 from data.order import validation_positions
 from data.pictures import contact_sheet, save_png
 from data.shards import ShardSet
 from model import ModelError
-from model.weights import load_segmenter
+from model.trained import load_segmenter
 from train.loss import UNSEEN, check_labels
 from train.metrics import ConfusionMatrix, Scores
 
@@ -84,7 +85,7 @@ def report(scores: Scores, rows: Rows, shards: ShardSet, output: Path) -> tuple[
         save_png(output, sheet)
     lines.append(
         f"mIoU {scores.miou:.4f}   mAcc {scores.mean_accuracy:.4f}   aAcc {scores.pixel_accuracy:.4f}   "
-        f"over {np.isfinite(scores.iou).sum()} classes that occur in {len(shards)} images"
+        f"over {np.isfinite(scores.iou).sum()} classes that occur or are predicted in {len(shards)} images"
     )
     return "\n".join(lines), sheet
 
@@ -94,8 +95,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="model.safetensors of a training run")
     parser.add_argument("--data", required=True, help="shard folder or URL of one split")
     parser.add_argument("--output", type=Path, help="contact sheet PNG (default: beside the weights)")
-    parser.add_argument("--batch-size", type=int, choices=range(1, 1025), default=4, metavar="N")
-    parser.add_argument("--workers", type=int, choices=range(257), default=2, metavar="N")
+    parser.add_argument("--batch-size", type=whole_number(1), default=4, metavar="N")
+    parser.add_argument("--workers", type=whole_number(0), default=2, metavar="N")
     parser.add_argument("--pictures", type=int, default=8, help="examples on the contact sheet")
     args = parser.parse_args()
     shards = ShardSet.open(args.data)
@@ -115,7 +116,11 @@ def main() -> None:
         metadata.get("keep_aspect", False),
     )  # fmt: skip
     output = args.output or args.weights.with_name(f"{args.weights.stem}_{Path(args.data).name}.png")
-    print(report(scores, rows, shards, output)[0])
+    try:
+        print(report(scores, rows, shards, output)[0])
+    except OSError:  # the picture; the scores took the time
+        print(report(scores, [], shards, output)[0])
+        raise
     if rows:
         print(f"contact sheet  {os.path.relpath(output)}")
 

@@ -1,4 +1,6 @@
-"""Cross-entropy as one mean over the valid pixels of the whole global batch, not a mean of means."""
+"""Cross-entropy and Dice as means over the whole global batch, not means of means."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from data.statistics import balanced_weights
 from train import TrainError
 
 UNSEEN = -1e4  # a logit that takes no part in a softmax; finite, for resizing would make NaN of infinities
+DICE_SMOOTH = 1e-3  # in pixels, as in Sapiens2
 
 
 def class_weights(setting: str | list[float], pixel_counts: np.ndarray, label_set: LabelSet) -> torch.Tensor:
@@ -47,31 +50,76 @@ def check_labels(pixel_counts: torch.Tensor, label_set: LabelSet) -> None:
 
 
 class PixelLoss:
-    """Weighted cross-entropy sums and the weight they are to be divided by."""
+    """Class-weighted cross-entropy, with label smoothing, and `dice` times the soft Dice loss.
 
-    def __init__(self, weights: torch.Tensor, label_set: LabelSet) -> None:
+    The loss of a global batch is
+
+        its valid pixels' cross-entropies, summed / their class weights, summed
+        + dice * its images' Dice losses, summed / the images that show a class other than the background
+
+    Both divisors are known from the label counts before the forward pass, so that the loss is the sum of its parts'
+    shares, whichever way the batch is cut into ranks and micro batches.
+
+    A pixel's smoothed target is 1 - label_smoothing for its class and label_smoothing spread evenly over the classes that
+    its mask can show. The terms have the weights of their own classes, the divisor those of the true ones: what
+    F.cross_entropy computes from the whole batch.
+
+    An image's Dice loss is the mean, over the classes other than 0 (the background) that its mask shows, of
+    1 - (2 sum(p t) + s) / (sum(p^2) + sum(t^2) + s), with probabilities p, truth t (0 or 1) and s = DICE_SMOOTH summed
+    over its valid pixels: Sapiens2's. An image that shows none has a Dice loss of 0 and is not counted.
+    """
+
+    def __init__(self, weights: torch.Tensor, label_set: LabelSet, label_smoothing: float = 0.0, dice: float = 0.0) -> None:
         self.weights, self.label_set = weights, label_set
+        self.label_smoothing, self.dice = label_smoothing, dice
 
-    def weight_of(self, pixel_counts: torch.Tensor) -> float:
-        """The summed weight of all valid pixels, from label value counts int64 (B, 256), in double precision.
+    def totals(self, pixel_counts: torch.Tensor) -> tuple[float, float]:
+        """The two divisors, of any part of a batch: those of a whole batch are the sums of its parts'.
 
-        Raises DataError for labels that are none.
+        pixel_counts: int64 (B, 256), the pixels of each label value. Raises DataError for labels that are none.
         """
         check_labels(pixel_counts, self.label_set)
-        counts = pixel_counts.sum(0)[: self.label_set.num_classes]
-        return float((counts.double() * self.weights.double()).sum())
+        counts = pixel_counts[:, : self.label_set.num_classes]
+        weight = (counts.sum(0).double() * self.weights.double()).sum()
+        return float(weight), float((counts[:, 1:] > 0).any(1).sum())
 
-    def sum(self, logits: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor | None = None) -> torch.Tensor:
-        """Summed weighted cross-entropy in fp32, a scalar.
+    def share(
+        self, logits: torch.Tensor, labels: torch.Tensor, totals: Sequence[float], labelled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """These images' share of the loss of the global batch that has these `totals`: a scalar, computed in fp32.
 
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
             labelled: bool (B, C), the classes that each image's masks can show; the others take no part. None: all.
         """
+        weight, images = totals
         logits = logits.float()
         if labelled is not None:
             logits = logits.masked_fill(~labelled[:, :, None, None], UNSEEN)
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        log_p, ignore = F.log_softmax(logits, dim=1), self.label_set.ignore_index
         weights = self.weights.to(logits.device)
-        return F.cross_entropy(logits, labels.long(), weights, ignore_index=self.label_set.ignore_index, reduction="sum")
+        loss = F.nll_loss(log_p, labels.long(), weights, ignore_index=ignore, reduction="sum")
+        if self.label_smoothing:
+            targets = torch.ones_like(log_p[:, :, 0, 0]) if labelled is None else labelled.float()
+            targets = weights * targets / targets.sum(1, keepdim=True)
+            even = -((log_p * targets[:, :, None, None]).sum(1) * (labels != ignore)).sum()
+            loss = torch.lerp(loss, even, self.label_smoothing)
+        loss = loss / (weight or 1.0)  # no pixel of the global batch may be valid
+        if self.dice:
+            loss = loss + self.dice * _dice_losses(log_p, labels, ignore).sum() / (images or 1.0)
+        return loss
+
+
+def _dice_losses(log_p: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Each image's Dice loss (see PixelLoss), (B,), from log-probabilities (B, C, H, W) and labels uint8 (B, H, W)."""
+    p = log_p[:, 1:].exp()
+    foreground = torch.arange(1, log_p.shape[1], device=labels.device)
+    truth = labels[:, None] == foreground[:, None, None]  # bool (B, C - 1, H, W), False where ignored
+    area = truth.sum((2, 3))
+    overlap = (p * truth).sum((2, 3))
+    squares = (p.square() * (labels != ignore_index)[:, None]).sum((2, 3))
+    losses = 1 - (2 * overlap + DICE_SMOOTH) / (squares + area + DICE_SMOOTH)
+    shown = area > 0
+    return (losses * shown).sum(1) / shown.sum(1).clamp(min=1)

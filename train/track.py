@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import secrets
 import sys
 import time
@@ -149,7 +150,9 @@ def _drop_after(path: Path, step: int) -> None:
     """Forget lines of steps that the resumed run does again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) < step]
-        path.write_text("".join(line + "\n" for line in kept))
+        beside = path.with_name(f".{path.name}")
+        beside.write_text("".join(line + "\n" for line in kept))
+        os.replace(beside, path)  # cut short in place, it would lose the whole run's record
 
 
 def _step_of(line: str) -> float:
