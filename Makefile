@@ -30,7 +30,7 @@ endif
 	TRAIN_BATCH_SIZE_PER_GPU=$$micro GLOBAL_BATCH_SIZE=$$((micro * n)) launch/node.sh
 
 test: .venv/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 clean:
 	rm -rf .venv outputs
