@@ -9,7 +9,9 @@ from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
+
+from data.yaml_files import Settings
 
 CROP_TRIES = 10
 THUMBNAIL = 64  # pixels along a side: a class's share of a crop is seen well enough in so few
@@ -17,7 +19,7 @@ MIN_UNITS = 16  # along the shorter side: the grid of `View.unit` must stay fine
 LARGEST_SHRINK = 8  # that JPEG offers
 
 
-class AugmentConfig(BaseModel, frozen=True, extra="forbid"):
+class AugmentConfig(Settings):
     """The training augmentation; the defaults are those of the Sapiens face recipe, but that shapes are kept."""
 
     scale: tuple[float, float] = Field((0.2, 2.0), description="range of the resize ratio around the input size")

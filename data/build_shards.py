@@ -16,15 +16,17 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 from data import DataError
+from data.arguments import whole_number
+from data.claim import PROGRESS, SPLITS, claim
 from data.labels import LabelSet, load_label_set
 from data.mapping import load_label_map
-from data.packing import PROGRESS, SPLITS, Split, claim, finish, pack
+from data.packing import Noted, Split, finish, pack
 from data.prepare import KINDS, NOTES, Problem, Rules
 from data.shards import Index
 from data.sources import SOURCES, Pairs, RawExample
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # of the output: what is wrong with raw files is a Problem
         where = error.filename or args.out
-        print(f"error: {where}: {error.strerror}; free space, or choose another --out, then go on", file=sys.stderr)
+        remedy = "free space, let nothing else write there, or choose another --out; then go on"
+        print(f"error: {where}: {error.strerror}; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -60,28 +63,31 @@ def build(args: argparse.Namespace) -> None:
     """Makes the shards of both splits (or of one part of them), then their indices, and prints what came of it.
 
     Raises:
-        DataError: bad arguments, no examples, a finished build in OUT, or refused problems.
+        DataError: bad arguments, no examples, an OUT that is not ours to build into, or refused problems.
     """
     start = time.perf_counter()
     rules = _rules(args)
     examples = _source(args).examples(args.root)[: args.limit]
     parts = split_examples(examples, args.val_fraction)
+    if "train" not in parts:
+        raise DataError(f"{args.root}: all examples are of its val split; --val-fraction 0 makes training data of them")
     splits = [Split(name, args.out, part, rules, args.samples_per_shard) for name, part in parts.items()]
-    claim(args.out, (path for example in examples for path in (example.image, example.mask) if path))
     number, parts_count = args.part
     shards = [shard for split in splits for shard in split.shards][number - 1 :: parts_count]
-    problems = pack(shards, args.workers, skip=args.on_error == "skip")
-    refused = problems and args.on_error == "refuse"
-    indices, notes = {}, Counter()
     report = args.out / (REPORT if parts_count == 1 else f"{PROGRESS}/part-{number}-of-{parts_count}.json")
-    try:
-        if parts_count == 1 and not refused:
-            indices, notes = finish(splits)
-    finally:
-        _write_report(report, args, len(examples), indices, problems, notes)
-        _print_findings(problems, notes, report)
-    if indices:
-        shutil.rmtree(args.out / PROGRESS)  # from now on the build is finished
+    raw = (path for example in examples for path in (example.image, example.mask) if path)
+    with claim(args.out, raw, alone=parts_count == 1):
+        problems = pack(shards, args.workers, skip=args.on_error == "skip")
+        refused = problems and args.on_error == "refuse"
+        indices, notes = {}, {}
+        try:
+            if parts_count == 1 and not refused:
+                indices, notes = finish(splits)
+        finally:
+            _write_report(report, args, len(examples), indices, problems, notes)
+            _print_findings(problems, notes, report)
+        if indices:
+            shutil.rmtree(args.out / PROGRESS)  # from now on the build is finished
     if refused:
         raise DataError(
             f"{args.root}: {len(problems)} of {sum(len(shard.examples) for shard in shards)} examples have problems, no "
@@ -94,15 +100,14 @@ def build(args: argparse.Namespace) -> None:
 
 
 def split_examples(examples: list[RawExample], val_fraction: float | None) -> dict[str, list[RawExample]]:
-    """Train and val examples in their given order; a split without any is left out, train is never empty.
+    """Train and val examples in their given order; a split without any is left out. Train always has some, unless the data
+    set's own split leaves it none.
 
     Without `val_fraction` the data set's own split holds, where it has one. Else the examples whose keys have the smallest
     hashes validate, so that adding examples to a set leaves nearly all of the others where they were.
     """
     if val_fraction is None and all(example.split for example in examples):
         chosen = {name: [e for e in examples if e.split == name] for name in SPLITS}
-        if not chosen["train"]:
-            raise DataError("--root: all examples are of its val split; --val-fraction 0 makes training data of them")
         return {name: part for name, part in chosen.items() if part}
     count = min(round(len(examples) * (VAL_FRACTION if val_fraction is None else val_fraction)), len(examples) - 1)
     by_hash = sorted(examples, key=lambda example: hashlib.sha256(example.key.encode()).digest())
@@ -146,7 +151,7 @@ def _rules(args: argparse.Namespace) -> Rules:
 
 def _write_report(
     path: Path, args: argparse.Namespace, examples: int, indices: dict[str, Index], problems: list[Problem],
-    notes: Counter[str],
+    notes: dict[str, Noted],
 ) -> None:  # fmt: skip
     report = {
         "dataset": args.dataset,
@@ -154,7 +159,7 @@ def _write_report(
         "encode": f"jpeg, quality {args.jpeg_quality}" if args.encode == "jpeg" else args.encode,
         "examples": examples,
         "splits": {name: _sizes(index) for name, index in indices.items()},
-        "notes": dict(sorted(notes.items())),
+        "notes": {note: asdict(noted) for note, noted in sorted(notes.items())},
         "problems": {
             kind: [{"file": problem.file, "detail": problem.detail} for problem in found]
             for kind, found in _by_kind(problems)
@@ -172,15 +177,16 @@ def _sizes(index: Index) -> dict[str, int]:
     return {"samples": index.num_samples, "shards": len(index.shards), "bytes": sum(s.bytes for s in index.shards)}
 
 
-def _print_findings(problems: list[Problem], notes: Counter[str], report: Path) -> None:
+def _print_findings(problems: list[Problem], notes: dict[str, Noted], report: Path) -> None:
     for kind, found in _by_kind(problems):
         print(f"{kind}: {len(found)} ({KINDS[kind]})")
         for problem in found[:NAMES_SHOWN]:
             print(f"  {Path(problem.file).name}: {problem.detail}")
         if len(found) > NAMES_SHOWN:
             print(f"  ... and {len(found) - NAMES_SHOWN} more, all in {report}")
-    for note, count in sorted(notes.items()):
-        print(f"{note}: {count} ({NOTES[note]})")
+    for note, noted in sorted(notes.items()):
+        names = ", ".join(Path(image).name for image in noted.images[:NAMES_SHOWN])
+        print(f"{note}: {noted.count} ({NOTES[note]})\n  {names}{' ...' if noted.count > NAMES_SHOWN else ''}")
 
 
 def _print_summary(indices: dict[str, Index], label_set: LabelSet, args: argparse.Namespace, seconds: float) -> None:
@@ -199,12 +205,6 @@ def _print_summary(indices: dict[str, Index], label_set: LabelSet, args: argpars
     print(f"  python -m data.inspect {shlex.quote(str(args.out))}")
     print("then train:")
     print(f"  {NEXT} data.train={folders['train']} data.val={folders['val']} output_dir=outputs/{args.out.name}")
-
-
-def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
 
 
 def _fraction(text: str) -> float:
@@ -236,13 +236,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-constant", action="store_true", help="masks of one value alone are meant so")
     add("--on-error", choices=("refuse", "skip"), default="refuse", help="what to do about bad examples (default refuse)")
     add("--val-fraction", type=_fraction, help=f"share that validates; 0: none (default: own split, else {VAL_FRACTION})")
-    add("--limit", type=_at_least_one, help="take the first so many examples only")
+    add("--limit", type=whole_number(1), help="take the first so many examples only")
     add("--encode", choices=("keep", "lossless", "jpeg"), default="keep", help="images as they are (default), as QOI "
         "(faster to read), or as JPEG; masks are always lossless")  # fmt: skip
-    add("--jpeg-quality", type=int, choices=range(50, 101), default=95, metavar="50..100", help="(default 95)")
-    add("--max-side", type=_at_least_one, help="shrink images whose longer side has more pixels")
-    add("--samples-per-shard", type=_at_least_one, default=1000, help="examples for one tar (default 1000)")
-    add("--workers", type=_at_least_one, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    add("--jpeg-quality", type=whole_number(50, 100), default=95, metavar="50..100", help="(default 95)")
+    add("--max-side", type=whole_number(1), help="shrink images whose longer side has more pixels")
+    add("--samples-per-shard", type=whole_number(1), default=1000, help="examples for one tar (default 1000)")
+    add("--workers", type=whole_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     add("--part", type=_part, default=(1, 1), metavar="i/n", help="make the i-th of n shares of the shards only, as the "
         "tasks of a Slurm array do; the same command without --part ends the build")  # fmt: skip
     add("--images", help="pairs: folder of the images (default images)")

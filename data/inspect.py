@@ -17,12 +17,11 @@ import numpy as np
 from data import DataError
 from data.loader import decode
 from data.pictures import contact_sheet, save_png
-from data.shards import INDEX, ShardSet
+from data.shards import INDEX, ShardSet, verify
 from data.statistics import balanced_weights, images_showing
 
 SIZES_READ = 1000  # images whose size is looked up, evenly spaced
 SHEET_POOL = 2000  # images among which the sheet's are chosen
-FEW_IMAGES, SMALL_SHARE = 20, 0.1  # fewer, both in number and as a share of all, are hardly any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,33 +35,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-checksums", action="store_true", help="do not read all files")
     args = parser.parse_args(argv)
     try:
-        sound = [inspect(ShardSet.open(location), args) for location in _splits(args.folder)]
+        sound = [inspect(location, args) for location in _splits(args.folder)]
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(sound) else 1
 
 
-def inspect(shards: ShardSet, args: argparse.Namespace) -> bool:
-    """Prints and draws one split; returns whether its files are what they were when packed."""
-    problems = [] if args.no_checksums else shards.verify()
-    for problem in problems:
-        print(f"damaged: {problem}")
+def inspect(location: str, args: argparse.Namespace) -> bool:
+    """Prints and draws one split, if its files are what they were when packed; else names each that is not. Returns which."""
+    if problems := verify(location, checksums=not args.no_checksums):
+        for problem in problems:
+            print(f"damaged: {problem}")
+        print(f"{location}: damaged files: {len(problems)}; copy them again or build the set again\n")
+        return False
+    shards = ShardSet.open(location)
     megabytes = sum(shards.shard_sizes()) / 1e6
     print(f"{shards.location}: {len(shards)} images in {len(shards.shard_starts)} shards, {megabytes:.1f} MB")
-    if not problems:
-        print(_sizes(shards))
+    print(_sizes(shards))
     print(_class_table(shards))
     for warning in shards.label_set.warnings():
         print(f"warning: {warning}")
-    if args.pictures > 0 and not problems:
+    if args.pictures > 0:
         path = args.output / f"inspect_{Path(shards.location).parent.name}_{Path(shards.location).name}.png"
         save_png(path, _sheet(shards, args.pictures))
         print(f"contact sheet  {os.path.relpath(path)}")
-    if not problems and not args.no_checksums:
+    if not args.no_checksums:
         print("checksums: all files are what they were when packed")
     print()
-    return not problems
+    return True
 
 
 def _splits(folder: str) -> list[str]:
@@ -93,13 +94,19 @@ def _class_table(shards: ShardSet) -> str:
         remark = ""
         if i not in shards.labelled:
             remark = "not labelled in this set: takes no part"
-        elif images[i] < min(FEW_IMAGES, SMALL_SHARE * len(shards)):
+        elif images[i] < few_images(len(shards)):
             remark = "never occurs" if not images[i] else f"hardly any example: {images[i]} images"
         mirrored = label_set.classes[partner[i]] if i in partner else "-"
         numbers = f"{share:11.4f}  {images[i]:7d}  {weights[i]:7.2f}"
         lines.append(f"{name:<{width}}  {numbers}  {mirrored:<{width}}  {remark}".rstrip())
     lines.append(f"loss.class_weights=[{','.join(f'{weight:.2f}' for weight in weights)}]  (what auto takes)")
     return "\n".join(lines)
+
+
+def few_images(images: int) -> float:
+    """Of how many examples on a class of a set of so many images has enough: 20, or a tenth of less than 200 images, but one in
+    a thousand of a large set. Rarer, it is in one batch of 32 in thirty, and the steps between forget it."""
+    return max(min(20, images / 10), images / 1000)
 
 
 def _sheet(shards: ShardSet, pictures: int) -> np.ndarray:

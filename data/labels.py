@@ -7,10 +7,10 @@ carry the whole set (`LabelSet.to_dict`), so training asks the data, not a confi
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -211,6 +211,8 @@ def load_label_set(name_or_path: str | Path) -> LabelSet:
         DataError: no such set or file, not YAML, or a key at fault.
     """
     path, raw = read_yaml(name_or_path, LABEL_SETS, "label set")
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: holds no `key: value` lines; write name, classes and flip_pairs as in {LABEL_SETS}/face19.yaml")
     try:
         return LabelSet.from_dict(raw)
     except DataError as error:
@@ -221,10 +223,18 @@ def first_problem(error: ValidationError) -> str:
     """A failed validation in one line: the first key at fault, why, what it holds, and how many more there are."""
     first, *others = error.errors()
     key = ".".join(str(part) for part in first["loc"])
-    reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
     found = repr(first["input"])
     more = f" (and {len(others)} more)" if others else ""
-    return f"{f'key {key!r}: ' if key else ''}{reason}, found {found if len(found) < 60 else found[:56] + ' ...'}{more}"
+    return f"{f'key {key!r}: ' if key else ''}{reason(first)}, found {found if len(found) < 60 else found[:56] + ' ...'}{more}"
+
+
+def reason(problem: Mapping[str, Any]) -> str:
+    """Why pydantic refused a value, without words that belong to Python."""
+    if problem["type"] == "extra_forbidden":
+        return "unknown key"
+    if problem["type"] == "model_type":  # its message names our class
+        return "must hold keys with values"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def side_of(name: str) -> str | None:

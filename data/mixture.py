@@ -7,9 +7,10 @@ images teach neither that class nor that their pixels are something else (`Membe
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field, model_validator
 
 from data import DataError
 from data.labels import LabelSet
@@ -17,17 +18,23 @@ from data.mapping import load_label_map, reached
 from data.order import Order
 from data.remote import FileCache
 from data.shards import RawSample, ShardSet
+from data.yaml_files import Settings
 
 MAX_REPEAT = 10.0  # of a rare image; one seen hundreds of times an epoch would be learnt by heart
 ROWS_AT_A_TIME = 1 << 16
 
 
-class MixtureEntry(BaseModel, frozen=True, extra="forbid"):
+class MixtureEntry(Settings):
     """One shard set of a mixture."""
 
     path: str = Field(description="folder or URL of a split, holds index.json")
     weight: float = Field(1.0, gt=0, le=1000, description="times that each of its samples comes in an epoch, on average")
     label_map: str | None = Field(None, description="name or YAML file: brings its classes to those of the others")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_path_alone_will_do(cls, entry: Any) -> Any:
+        return {"path": entry} if isinstance(entry, str) else entry
 
 
 @dataclass(frozen=True)
@@ -73,16 +80,19 @@ class Mixture:
 
     @classmethod
     def open(cls, entries: Sequence[MixtureEntry], cache: FileCache | None = None) -> "Mixture":
-        """Opens all of them. The label set is that of those without a label map, else what the first map leads to.
+        """Opens the entries of data.train. The label set is that of those without a label map, else what the first map leads to.
 
         Raises:
             DataError: one that cannot be opened, or whose label set is not that of the others.
         """
-        opened = [(entry, ShardSet.open(entry.path, cache)) for entry in entries]
-        label_set = next((shards.label_set for entry, shards in opened if not entry.label_map), None)
-        if label_set is None:
-            label_set = load_label_map(opened[0][0].label_map).target_set()
-        return cls([_member(entry, shards, label_set) for entry, shards in opened], label_set)
+        try:
+            opened = [(entry, ShardSet.open(entry.path, cache)) for entry in entries]
+            label_set = next((shards.label_set for entry, shards in opened if not entry.label_map), None)
+            if label_set is None:
+                label_set = load_label_map(opened[0][0].label_map).target_set()
+            return cls([_member(entry, shards, label_set) for entry, shards in opened], label_set)
+        except DataError as error:
+            raise DataError(f"data.train: {error}") from None
 
     def __len__(self) -> int:
         return int(self._starts[-1])

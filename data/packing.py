@@ -6,21 +6,19 @@ and a finished shard is never touched again:
     OUT/train/shard-000003.tar              under this name only when whole
     OUT/.progress/train-shard-000003.npz    what the index needs to know of it, and what it was made from
 
-A build begins by `claim`, which takes the indices of an unfinished one away: while shards change, no index tells of them.
-`pack` makes the shards that are missing, in any number of processes, on any number of machines; `finish` gathers what is
-known of them into the tables and, last, the indices of `data.shards`. Files by other names are never touched.
+A build begins by `claim` of its folder (`data.claim`). `pack` makes the shards that are missing, in any number of processes,
+on any number of machines; `finish` gathers what is known of them into the tables and, last, the indices of `data.shards`.
 """
 
 import hashlib
 import json
 import os
-import re
 import socket
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -28,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import DataError
+from data.claim import PROGRESS, SPLITS, remove_left_overs
 from data.mapping import reached
 from data.parallel import map_in_order
 from data.prepare import Problem, Rules, prepare
@@ -35,10 +34,8 @@ from data.shards import INDEX, PIXEL_COUNTS, SAMPLES, FileEntry, Index, ShardEnt
 from data.sources import RawExample
 from data.tars import SAMPLE_ROW, PackedSample, locate_members, write_tar
 
-PROGRESS = ".progress"
-SPLITS = ("train", "val")
-OWN = re.compile(r"\.?(shard-\d{6}\.tar|samples\.npy|pixel_counts\.npy|index\.json)(\..+)?")
 FORMAT = 2  # of the shards; a build is not continued with another
+NAMES_KEPT = 20
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,18 @@ class Shard:
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass
+class Noted:
+    """How many examples one of `data.prepare.NOTES` is true of, and the first of their images."""
+
+    count: int = 0
+    images: list[str] = field(default_factory=list)
+
+    def add(self, count: int, images: list[str]) -> None:
+        self.count += count
+        self.images = (self.images + images)[:NAMES_KEPT]
+
+
 @dataclass(frozen=True)
 class Record:
     """What is known of a finished shard."""
@@ -102,30 +111,7 @@ class Record:
     pixel_counts: np.ndarray  # uint32 (samples, classes)
     pixels: int
     problems: list[Problem] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
-
-
-def claim(out: Path, raw: Iterable[Path]) -> None:
-    """Makes OUT ready to be built into, be it new or an unfinished build's.
-
-    Args:
-        raw: the files to be packed.
-
-    Raises:
-        DataError: a finished build is there, or other files are, where the shards go.
-    """
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file; name a folder with --out")
-    if not (out / PROGRESS).exists() and any((out / name / INDEX).exists() for name in SPLITS):
-        raise DataError(f"{out}: already built; delete it or choose another --out")
-    folders = {(out / name).absolute() for name in SPLITS}
-    foreign = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if not OWN.fullmatch(path.name)]
-    foreign += [path for path in {path.parent.absolute() for path in raw} if folders & {path, *path.parents}]
-    if foreign:
-        raise DataError(f"{min(foreign)}: not a file of a shard set, but it lies where the shards go; choose another --out")
-    (out / PROGRESS).mkdir(parents=True, exist_ok=True)
-    for name in SPLITS:
-        (out / name / INDEX).unlink(missing_ok=True)
+    notes: dict[str, Noted] = field(default_factory=dict)
 
 
 def pack(shards: list[Shard], workers: int, skip: bool) -> list[Problem]:
@@ -157,23 +143,23 @@ def pack(shards: list[Shard], workers: int, skip: bool) -> list[Problem]:
 def _make(shard: Shard, results: Iterator[PackedSample | Problem], skip: bool) -> list[Problem]:
     """Writes one shard and its record, each beside and then renamed; returns its problems."""
     problems: list[Problem] = []
-    notes: Counter[str] = Counter()
+    notes: defaultdict[str, Noted] = defaultdict(Noted)
     counts, pixels = [], 0
 
     def sound() -> Iterator[PackedSample]:
         nonlocal pixels
-        for result in results:
+        for example, result in zip(shard.examples, results, strict=True):
             if isinstance(result, Problem):
                 problems.append(result)
                 continue
             counts.append(result.pixel_counts)
             pixels += result.height * result.width
-            notes.update(result.notes)
+            for note in result.notes:
+                notes[note].add(1, [str(example.image)])
             yield result
 
     target = shard.split.rules.target
     shard.tar.parent.mkdir(parents=True, exist_ok=True)
-    shard.record_path.parent.mkdir(parents=True, exist_ok=True)
     shard.record_path.unlink(missing_ok=True)  # of other files or rules; it must not outlive its tar
     partial_tar = _beside(shard.tar)
     try:
@@ -199,6 +185,7 @@ def read_record(shard: Shard) -> Record | None:
         with np.load(shard.record_path) as arrays:
             facts = json.loads(str(arrays["facts"]))
             facts["problems"] = [Problem(**problem) for problem in facts["problems"]]
+            facts["notes"] = {note: Noted(**noted) for note, noted in facts["notes"].items()}
             record = Record(rows=arrays["rows"], pixel_counts=arrays["pixel_counts"], **facts)
     except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):  # none, or damaged
         return None
@@ -212,7 +199,8 @@ def read_record(shard: Shard) -> Record | None:
 def _write_record(shard: Shard, record: Record) -> None:
     facts = {
         "identity": record.identity, "entry": record.entry, "pixels": record.pixels,
-        "problems": [asdict(problem) for problem in record.problems], "notes": record.notes,
+        "problems": [asdict(problem) for problem in record.problems],
+        "notes": {note: asdict(noted) for note, noted in record.notes.items()},
     }  # fmt: skip
     beside = _beside(shard.record_path)
     with beside.open("wb") as file:
@@ -220,15 +208,17 @@ def _write_record(shard: Shard, record: Record) -> None:
     os.replace(beside, shard.record_path)
 
 
-def finish(splits: list[Split]) -> tuple[dict[str, Index], Counter[str]]:
-    """Writes the tables and, last, the indices of splits whose shards are all made; returns them, and the notes' counts.
+def finish(splits: list[Split]) -> tuple[dict[str, Index], dict[str, Noted]]:
+    """Writes the tables and, last, the indices of splits whose shards are all made; returns them, and all notes.
 
     Raises:
-        DataError: none of a split's examples is sound.
+        DataError: none of a split's examples is sound, or a shard was deleted since it was made.
     """
     records = {split.name: [read_record(shard) for shard in split.shards] for split in splits}
     for name, made in records.items():
-        assert all(made), "finish before all shards were made"
+        if not all(made):
+            lost = f"{made.count(None)} shards of {name} were deleted or changed meanwhile"
+            raise DataError(f"{splits[0].out}: {lost}; let nothing else write there and run again")
         if not any(record.entry for record in made):
             raise DataError(
                 f"{name}: no samples to write, none of its examples is sound; repair them, or change --val-fraction"
@@ -236,12 +226,16 @@ def finish(splits: list[Split]) -> tuple[dict[str, Index], Counter[str]]:
     indices = {split.name: _write_tables(split, [r for r in records[split.name] if r.entry]) for split in splits}
     out = splits[0].out
     for name in SPLITS:
-        _remove_left_overs(out / name, indices.get(name))
+        remove_left_overs(out / name, indices.get(name))
     for name, index in indices.items():
         path = out / name / INDEX
         _beside(path).write_text(json.dumps(index.model_dump(), indent=1) + "\n", encoding="utf-8")
         os.replace(_beside(path), path)
-    return indices, sum((Counter(record.notes) for made in records.values() for record in made), Counter())
+    notes: defaultdict[str, Noted] = defaultdict(Noted)
+    for record in chain.from_iterable(records.values()):
+        for note, noted in record.notes.items():
+            notes[note].add(noted.count, noted.images)
+    return indices, notes
 
 
 def _write_tables(split: Split, records: list[Record]) -> Index:
@@ -261,16 +255,6 @@ def _write_tables(split: Split, records: list[Record]) -> Index:
         shards=[ShardEntry(**record.entry) for record in records],
         tables={"samples": _save(folder / SAMPLES, rows), "pixel_counts": _save(folder / PIXEL_COUNTS, counts)},
     )
-
-
-def _remove_left_overs(folder: Path, index: Index | None) -> None:
-    """Our own files that belong to no index: of killed builds, of one with other examples, of a split no longer made."""
-    kept = {entry.file for entry in [*index.shards, *index.tables.values()]} if index else set()
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if OWN.fullmatch(path.name) and path.name not in kept:
-            path.unlink()
-    if index is None and folder.is_dir():
-        folder.rmdir()
 
 
 def _save(path: Path, table: np.ndarray) -> FileEntry:

@@ -32,9 +32,12 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], label_set: La
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write an RGB uint8 image. Raises OSError when it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    """Write an RGB uint8 image. Raises OSError naming `path` when it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); choose another place for it") from None
 
 
 def _tile(cell: np.ndarray, side: int, palette: np.ndarray) -> np.ndarray:

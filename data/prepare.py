@@ -86,9 +86,9 @@ def prepare(example: RawExample, rules: Rules) -> PackedSample | Problem:
 
 def _prepare(example: RawExample, rules: Rules) -> PackedSample:
     if not example.image.is_file():
-        raise Rejected("image_missing", example.mask or example.image, f"no {example.image.name}")
+        raise Rejected("image_missing", example.mask or example.image, f"no {example.image}")
     if example.mask is None or not example.mask.is_file():
-        raise Rejected("mask_missing", example.image, "no mask beside it")
+        raise Rejected("mask_missing", example.image, f"no {example.mask or 'mask for it'}")
     image = read_image(example.image)
     mask = read_mask(example.mask, rules.masks if rules.mask_colors else None)
     _check_sizes(example.mask, image, mask)

@@ -104,7 +104,7 @@ class FileCache:
                 if not now or size not in (None, now.st_size) or before and os.path.samestat(before, now):
                     self._download(url, path, size, sha256)  # else another has, meanwhile
         except OSError as error:
-            remedy = f"free space, or name a writable folder of this machine in {ENVIRONMENT}"
+            remedy = f"free space, or name a writable folder of this machine: data.cache in training, else {ENVIRONMENT}"
             raise DataError(f"{self.folder}: cannot hold {_shown(url)} ({error.strerror or error}); {remedy}") from None
         return path
 

@@ -108,16 +108,11 @@ class ShardSet:
             DataError: no such folder, no or a bad index, a file that is missing or has another size.
         """
         files = Files(str(location), cache or FileCache())
-        content = files.read_index()
-        try:
-            index = Index.model_validate_json(content)
-            label_set = LabelSet.from_dict(index.label_set)
-        except (ValidationError, DataError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else error
-            raise DataError(f"{files.name(INDEX)}: {problem}; build the set again") from None
-        for problem in files.damage(index.shards):
-            raise DataError(f"{problem}; copy the file again or build the set again")
-        return cls(index, label_set, hashlib.sha256(content).hexdigest(), files)
+        index, label_set, fingerprint = _read_index(files)
+        if problems := list(files.damage(index.shards)):
+            others = f" (and {len(problems) - 1} more, named by: python -m data.inspect {location})" if problems[1:] else ""
+            raise DataError(f"{problems[0]}{others}; copy it again or build the set again")
+        return cls(index, label_set, fingerprint, files)
 
     @property
     def image_pixel_counts(self) -> np.ndarray:
@@ -135,14 +130,18 @@ class ShardSet:
         """The sample at position `i` (0 <= i < len).
 
         Raises:
-            DataError: the shard cannot be read or is shorter than its index says.
+            DataError: the shard cannot be read, is shorter than its index says, or the table points elsewhere.
             IndexError: no such position.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.location}: no sample {i}, there are {len(self)}")
         shard, *places = self._rows[i].item()
         offsets, sizes = places[0::2], places[1::2]
-        where = f"{self._files.name(self._index.shards[shard].file)}: sample {i}"
+        entries = self._index.shards
+        if shard >= len(entries) or max(map(sum, zip(offsets, sizes, strict=True))) > entries[shard].bytes:
+            table = self._files.name(self._index.tables["samples"].file)
+            raise DataError(f"{table}: row {i} does not belong to {INDEX}; copy the set again or build it again")
+        where = f"{self._files.name(entries[shard].file)}: sample {i}"
         parts = self._read_spans(shard, list(zip(sizes, offsets, strict=True)), where)
         if [len(part) for part in parts] != sizes:
             raise DataError(f"{where} ends early, the file was cut short; build the set again")
@@ -171,28 +170,37 @@ class ShardSet:
                 raise
         raise DataError(f"{where} cannot be read ({reason}, {READ_TRIES} tries); check the disk")
 
-    def verify(self) -> list[str]:
-        """Reads every byte: what is missing, has another size or another sha256, one line a problem; [] if sound."""
-        problems = []
-        for entry in [*self._index.tables.values(), *self._index.shards]:
-            try:
-                found = list(self._files.damage([entry]))
-                if not found and sha256(self._files.path(entry)) != entry.sha256:
-                    found = [f"{self._files.name(entry.file)}: its content changed (sha256 differs from {INDEX})"]
-                problems += found
-            except DataError as error:
-                problems.append(str(error))
-        return problems
-
     def shard_sizes(self) -> list[int]:
         """Bytes of each tar."""
         return [shard.bytes for shard in self._index.shards]
+
+
+def verify(location: str | Path, cache: FileCache | None = None, checksums: bool = True) -> list[str]:
+    """What is missing, has another size or, where every byte is to be read, another sha256: one line a problem; [] if sound.
+
+    Raises:
+        DataError: as `ShardSet.open`, for the index alone.
+    """
+    files = Files(str(location), cache or FileCache())
+    problems = []
+    index, _, _ = _read_index(files)
+    for entry in [*index.tables.values(), *index.shards]:
+        try:
+            found = list(files.damage([entry]))
+            if not found and checksums and sha256(files.path(entry)) != entry.sha256:
+                found = [f"{files.name(entry.file)}: its content changed (sha256 differs from {INDEX})"]
+            problems += found
+        except DataError as error:
+            problems.append(str(error))
+    return problems
 
 
 class Files:
     """The files of one shard set, in a folder or behind a URL."""
 
     def __init__(self, location: str, cache: FileCache) -> None:
+        if location.startswith("file:"):
+            raise DataError(f"{location}: a URL of this machine; write the path alone")
         self.remote = is_remote(location)
         self.location = location if self.remote else str(Path(location).absolute())
         self.cache = cache
@@ -210,14 +218,15 @@ class Files:
     def read_index(self) -> bytes:
         if self.remote:
             return self.cache.fetch(self.name(INDEX)).read_bytes()
-        path = Path(self.location) / INDEX
-        if not path.is_file():
-            what = f"no {INDEX} here, so this is no finished shard set" if path.parent.is_dir() else "no such folder"
-            splits = [str(inner.parent) for inner in sorted(path.parent.glob(f"*/{INDEX}"))]
-            if splits:
-                raise DataError(f"{path.parent}: holds several shard sets; name one of {', '.join(splits)}")
-            raise DataError(f"{path.parent}: {what}; build it with: {BUILD}")
-        return path.read_bytes()
+        folder = Path(self.location)
+        if (folder / INDEX).is_file():
+            return (folder / INDEX).read_bytes()
+        if folder.is_file():
+            raise DataError(f"{folder}: is a file; name the folder that holds {INDEX}")
+        if splits := [str(inner.parent) for inner in sorted(folder.glob(f"*/{INDEX}"))]:
+            raise DataError(f"{folder}: holds several shard sets; name one of {', '.join(splits)}")
+        what = f"no {INDEX} here, so this is no finished shard set" if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: {what}; build it with: {BUILD}")
 
     def table(self, index: Index, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """A memory mapped table. Raises DataError if it is damaged or belongs to another index."""
@@ -239,6 +248,18 @@ class Files:
                 yield f"{path}: missing, though {INDEX} lists it"
             elif (size := path.stat().st_size) != entry.bytes:
                 yield f"{path}: {size} bytes, {INDEX} says {entry.bytes}"
+
+
+def _read_index(files: Files) -> tuple[Index, LabelSet, str]:
+    """The index, its label set and its sha256. Raises DataError."""
+    content = files.read_index()
+    try:
+        index = Index.model_validate_json(content)
+        label_set = LabelSet.from_dict(index.label_set)
+    except (ValidationError, DataError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise DataError(f"{files.name(INDEX)}: {problem}; build the set again") from None
+    return index, label_set, hashlib.sha256(content).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -46,6 +46,7 @@ class Source:
 
     label_set: ClassVar[str | None] = None  # the name of the label set that the masks use, where it is always the same
     layout: ClassVar[str]  # one line: what the root should hold
+    same_key: ClassVar[str] = "rename or delete one"  # what to do about two examples
     folders: ClassVar[dict[Split, tuple[str, str]]] = {}  # for each split the folders of images and of masks
 
     def examples(self, root: Path) -> list[RawExample]:
@@ -61,7 +62,7 @@ class Source:
             raise DataError(f"{root}: {what}; expected {self.layout}")
         for a, b in pairwise(found):
             if (a.split, a.key) == (b.split, b.key):
-                raise DataError(f"{root}: {a.image} and {b.image} give the same key {a.key!r}; rename or delete one")
+                raise DataError(f"{root}: {a.image} and {b.image} give the same key {a.key!r}; {self.same_key}")
         return found
 
     def find(self, root: Path) -> Iterator[RawExample]:
@@ -209,6 +210,7 @@ class Pairs(Source):
     """
 
     layout = "two folders of images and masks, or a .csv or .jsonl file of image, mask[, key][, split: train or val]"
+    same_key = "give each its own in a column 'key'"
     images: str = "images"
     masks: str = "masks"
     mask_suffix: str = ""

@@ -1,8 +1,10 @@
-"""Reads the package's small YAML files, by name, and a user's own, by path."""
+"""Reads the package's small YAML files, by name, and a user's own, by path; and what their sections have in common."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationInfo, field_validator
 
 from data import DataError
 
@@ -43,3 +45,17 @@ class _UniqueKeys(yaml.SafeLoader):
                 problem = f"the key {key.value!r} stands twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A section of a YAML file. Unknown keys are errors: a misspelt one would otherwise take the default in silence. So are
+    true and false for numbers, which pydantic takes for 1 and 0.
+    """
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value

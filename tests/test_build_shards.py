@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from data.build_shards import NEXT, split_examples
 from data.prepare import KINDS
@@ -128,11 +129,19 @@ def test_refuses_a_second_build_into_the_same_folder(raw, built, capsys):
     assert "already built; delete" in capsys.readouterr().err and content(built) == before
 
 
-@pytest.mark.parametrize("options", [["--val-fraction", "1"], ["--workers", "0"], ["--limit", "x"]])
-def test_refuses_options_out_of_range(raw, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--val-fraction", "1"], "below 1"), (["--workers", "0"], "0 must be a whole number, at least 1"),
+        (["--limit", "x"], "x must be a whole number, at least 1"),
+        (["--jpeg-quality", "20"], "20 must be a whole number, 50 to 100"),
+    ],
+)  # fmt: skip
+def test_refuses_options_out_of_range(raw, tmp_path, capsys, options, words):
     with pytest.raises(SystemExit) as stop:
         run(raw, tmp_path, *options)
     assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(words)
 
 
 def test_a_wrong_root_is_one_line_and_no_traceback(tmp_path):
@@ -165,6 +174,24 @@ def test_a_killed_build_leaves_no_index_and_no_processes(tmp_path, number, code)
     build.communicate(timeout=30)  # ends when the last process that holds the pipe does
     assert build.returncode == code
     assert not list(tmp_path.glob("out/*/index.json"))
+
+
+def test_what_was_done_to_images_is_told_with_the_first_names(tmp_path, capsys):
+    root = draw(tmp_path / "raw", 30)
+    for i in range(2, 27):
+        (root / f"{i:06d}.png").write_bytes(encoded(Image.fromarray(RGB).convert("L")))
+    assert run(root, tmp_path / "out", "--samples-per-shard", 4, "--val-fraction", 0) == 0
+    printed = capsys.readouterr().out
+    assert "image_converted: 25 (" in printed and "000002.png, 000003.png, 000004.png, 000005.png, 000006.png ..." in printed
+    notes = json.loads((tmp_path / "out" / "build_report.json").read_text())["notes"]
+    names = [str(root / f"{i:06d}.png") for i in range(2, 22)]
+    assert notes == {"image_converted": {"count": 25, "images": names}}
+
+
+def test_examples_that_all_validate_are_told_with_their_root(tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image,mask,split\na.png,a_seg.png,val\n")
+    assert run(tmp_path / "list.csv", tmp_path / "out", "--dataset", "pairs", "--label-set", "face19") == 2
+    assert f"error: {tmp_path / 'list.csv'}: all examples are of its val split; --val-fraction 0" in capsys.readouterr().err
 
 
 def examples(n: int) -> list[RawExample]:

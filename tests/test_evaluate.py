@@ -10,8 +10,10 @@ from PIL import Image
 
 from data.build_shards import main
 from data.labels import LabelSet
+from data.pictures import save_png
 from data.shards import ShardSet
 from train.evaluate import evaluate
+from train.evaluate import main as evaluate_main
 
 COLORS = ((0, 0, 0), (250, 0, 0), (0, 250, 0), (0, 0, 250))
 PAINTED = LabelSet("painted", ("black", "red", "green", "blue"), COLORS, ())
@@ -67,3 +69,18 @@ def test_classes_that_a_set_cannot_show_are_no_answer(shards):
     partly.labelled = (0, 1, 2)
     scores, rows = evaluate(by_color, partly, (256, 192), torch.device("cpu"))
     assert scores.predicted[3] == 0 and scores.true[3] > 0 and not any((row[2] == 3).any() for row in rows)
+
+
+@pytest.mark.parametrize(("option", "number", "least"), [("--batch-size", "0", 1), ("--workers", "some", 0)])
+def test_numbers_out_of_range_are_one_line(monkeypatch, capsys, option, number, least):
+    monkeypatch.setattr("sys.argv", ["evaluate", "--weights", "w", "--data", "d", option, number])
+    with pytest.raises(SystemExit):
+        evaluate_main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"argument {option}: {number} must be a whole number, at least {least}")
+
+
+def test_a_sheet_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"^{tmp_path}/file/x.png: cannot be written .*; choose another place"):
+        save_png(tmp_path / "file" / "x.png", np.zeros((2, 2, 3), np.uint8))

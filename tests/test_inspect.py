@@ -1,12 +1,13 @@
 """What `python -m data.inspect` tells and draws."""
 
+import os
 import shutil
 
 import cv2
 import numpy as np
 import pytest
 
-from data.inspect import main
+from data.inspect import few_images, main
 from tests.conftest import python
 
 
@@ -47,6 +48,24 @@ def test_damage_is_named_and_the_exit_code_tells(shards, tmp_path, capsys):
     assert main([str(broken), "--pictures", "0"]) == 1
     assert "damaged: " in (out := capsys.readouterr().out) and "shard-000001.tar" in out
     assert main([str(broken), "--pictures", "0", "--no-checksums"]) == 0
+
+
+def test_all_damaged_files_are_named_in_one_run(shards, tmp_path, capsys):
+    broken = shutil.copytree(shards / "train", tmp_path / "train")
+    (broken / "shard-000000.tar").unlink()
+    os.truncate(broken / "shard-000002.tar", 5000)
+    os.truncate(broken / "samples.npy", 300)
+    for options in ([], ["--no-checksums"]):
+        assert main([str(broken), *options]) == 1
+        named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged: ")]
+        assert len(named) == 3
+        for name, words in (("shard-000000", "missing"), ("shard-000002", "5000 bytes"), ("samples.npy", "300 bytes")):
+            assert any(name in line and words in line for line in named)
+
+
+@pytest.mark.parametrize(("images", "few"), [(10, 1), (100, 10), (200, 20), (20_000, 20), (100_000, 100)])
+def test_what_hardly_any_example_is(images, few):
+    assert few_images(images) == few
 
 
 def test_a_folder_without_shards_is_one_line(tmp_path):

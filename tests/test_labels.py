@@ -149,6 +149,7 @@ def with_class(i, **changes):
     ("raw", "key"),
     [
         (with_class(4, id=20), "classes"),
+        (edited(classes=["Skin"]), "classes.0': must hold keys with values"),
         (with_class(4, id=3), "classes"),
         (with_class(4, id=True), "classes.4.id"),
         (with_class(4, name="Skin"), "classes"),
@@ -201,6 +202,7 @@ def test_refuses_what_is_no_mapping_in_one_line(tmp_path, text):
     with pytest.raises(DataError) as refusal:
         load_label_set(str(path))
     assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
+    assert "not valid YAML" in str(refusal.value) or "holds no `key: value` lines; write name, classes" in str(refusal.value)
 
 
 def test_names_the_known_sets_and_the_missing_file(tmp_path):

@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import DataError
 from data.build_shards import split_examples
+from data.claim import claim
+from data.labels import load_label_set
+from data.packing import Split, finish, pack
+from data.prepare import Rules
 from data.shards import ShardSet
 from data.sources import SOURCES
 from tests.raw_faces import SIZE, content, draw, encoded, run
@@ -141,10 +146,58 @@ def test_files_of_others_are_never_touched(tmp_path, capsys):
     root = draw(tmp_path / "dataset" / "train", 6)
     before = content(tmp_path / "dataset")
     assert run(root, tmp_path / "dataset") == 2
-    assert "not a file of a shard set" in capsys.readouterr().err
+    assert "lies where the shards go" in capsys.readouterr().err
     assert run(root, tmp_path / "dataset" / "train") == 0  # shards in train/train: nobody's way
     after = content(tmp_path / "dataset")
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_of_others_are_never_touched(tmp_path, capsys, split):
+    root, out = draw(tmp_path / "raw", 6), tmp_path / "out"
+    (out / split).mkdir(parents=True)
+    (out / split / "shard-000001.tar").write_text("somebody else's")
+    assert run(root, out) == 2 and run(root, out, "--part", "1/2") == 2
+    assert "shard-000001.tar: lies where the shards go, but is of no unfinished build" in capsys.readouterr().err
+    assert content(out) == {f"{split}/shard-000001.tar": b"somebody else's"}
+    (out / split / "shard-000001.tar").unlink()
+    assert run(root, out) == 0  # an empty folder is in nobody's way
+
+
+def test_a_second_build_is_kept_out_and_parts_are_not(tmp_path, capsys):
+    root, out = draw(tmp_path / "raw", 10), tmp_path / "out"
+    with claim(out, [], alone=True):
+        assert run(root, out) == 2 and run(root, out, "--part", "1/2") == 2
+        assert capsys.readouterr().err.count(f"error: {out}: another build is at work here; let it end") == 2
+    with claim(out, [], alone=False):
+        assert run(root, out, "--part", "1/2") == 0 and run(root, out) == 2
+    assert run(root, out) == 0
+
+
+def test_the_same_command_twice_at_once(raw, whole, tmp_path):
+    command = [sys.executable, "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", raw, "--out", tmp_path]
+    command = [str(a) for a in [*command, *OPTIONS, "--workers", 1]]
+    builds = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [build.communicate(timeout=60)[1].splitlines() for build in builds]
+    assert sorted(build.returncode for build in builds) == [0, 2]
+    (refused,) = (lines for build, lines in zip(builds, errors, strict=True) if build.returncode == 2)
+    assert len(refused) == 1 and ("another build is at work here" in refused[0] or "already built" in refused[0])
+    assert content(tmp_path) == whole
+
+
+def test_a_finished_set_stays_so_where_locks_are_of_no_use(tmp_path):
+    """Two builds at once that could not know of each other: one ends while the other still makes a shard."""
+    face = load_label_set("face19")
+    examples = SOURCES["facesynthetics"]().examples(draw(tmp_path / "raw", 6))
+    train = Split("train", tmp_path / "out", examples, Rules(face, face), samples_per_shard=3)
+    with claim(train.out, []):
+        pack(train.shards[:1], workers=1, skip=False)
+        with pytest.raises(DataError, match="out: 1 shards of train were deleted or changed meanwhile; let nothing else"):
+            finish([train])
+        shutil.rmtree(train.out / ".progress")  # the other one's last deed
+        with pytest.raises(FileNotFoundError):
+            pack(train.shards[1:], workers=1, skip=False)
+    assert not (train.out / ".progress").exists()
 
 
 def test_no_index_stands_while_shards_change(tmp_path):

@@ -115,8 +115,10 @@ def test_missing_files(tmp_path):
     rules = Rules(FACE19, FACE19)
     problem = prepare(RawExample("a", tmp_path / "a.png", None), rules)
     assert (problem.kind, problem.file) == ("mask_missing", str(tmp_path / "a.png"))
+    problem = prepare(RawExample("a", tmp_path / "a.png", tmp_path / "m" / "b.png"), rules)
+    assert (problem.kind, problem.detail) == ("mask_missing", f"no {tmp_path / 'm' / 'b.png'}")
     problem = prepare(RawExample("a", tmp_path / "b.png", tmp_path / "a.png"), rules)
-    assert (problem.kind, problem.file, problem.detail) == ("image_missing", str(tmp_path / "a.png"), "no b.png")
+    assert (problem.kind, problem.file, problem.detail) == ("image_missing", str(tmp_path / "a.png"), f"no {tmp_path / 'b.png'}")
 
 
 def test_every_kind_of_problem_has_a_test():

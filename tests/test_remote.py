@@ -292,7 +292,7 @@ def test_the_folder(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "cache", Path("/proc/cache")):  # no one may write there, not even root
         message = refusal(FileCache(folder), f"{server.url}/f00", SIZE)
-        assert f"{folder}: " in message and "SAPIENS_SEG_CACHE" in message
+        assert f"{folder}: " in message and "data.cache" in message and "SAPIENS_SEG_CACHE" in message
     monkeypatch.delenv("SAPIENS_SEG_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert FileCache().folder == tmp_path / ".cache" / "sapiens-seg"

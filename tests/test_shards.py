@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from data import DataError, shards
 from data.labels import load_label_set
-from data.shards import ShardSet
+from data.shards import ShardSet, verify
 from tests.raw_faces import SIZE, draw, run
 
 FACE19 = load_label_set("face19")
@@ -125,18 +125,42 @@ def test_open_refuses_what_is_no_whole_shard_set(built, tmp_path):
 def test_verify_finds_a_flipped_byte_a_cut_and_a_missing_file(raw, tmp_path):
     run(raw, tmp_path, "--samples-per-shard", 5)
     train = ShardSet.open(tmp_path / "train")
-    assert train.verify() == []
+    assert verify(tmp_path / "train") == []
     first, second, third = (tmp_path / "train" / f"shard-00000{i}.tar" for i in range(3))
     data = bytearray(first.read_bytes())
     data[len(data) // 2] ^= 1
     first.write_bytes(data)
     os.truncate(second, 600)
     third.unlink()
-    problems = train.verify()
+    problems = verify(tmp_path / "train")
     assert len(problems) == 3
+    assert [problem for problem in problems if "sha256" not in problem] == verify(tmp_path / "train", checksums=False)
+    with pytest.raises(DataError, match=r"shard-000001.tar: 600 bytes, .* \(and 1 more, named by: python -m data.inspect "):
+        ShardSet.open(tmp_path / "train")
     for path, word in ((first, "sha256"), (second, "600 bytes"), (third, "missing")):
         assert any(str(path) in problem and word in problem for problem in problems)
     with pytest.raises(DataError, match="shard-000001.tar: sample 5 ends early"):
         train.read(5)
     with pytest.raises(DataError, match="shard-000002.tar: sample 10 cannot be read"):
         train.read(10)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("shard", 7), ("shard", 2**32 - 1), ("image_offset", 2**63), ("json_size", 2**62), ("mask_offset", 10**9)],
+)
+def test_a_table_that_points_outside_is_told(built, tmp_path, column, value):
+    folder = shutil.copytree(built / "train", tmp_path / "train")
+    rows = np.load(folder / "samples.npy")
+    rows[column][4] = value
+    np.save(folder / "samples.npy", rows)
+    train = ShardSet.open(folder)
+    assert train.read(3).key
+    with pytest.raises(DataError, match="samples.npy: row 4 does not belong to index.json; "):
+        train.read(4)
+
+
+def test_a_location_that_is_no_folder(built):
+    for location, words in ((built / "train" / "index.json", "is a file; name the folder"), ("file:///tmp/x", "write the path")):
+        with pytest.raises(DataError, match=f"^{location}: .*{words}"):
+            ShardSet.open(location)
