@@ -55,7 +55,16 @@ from model.backbone import ROPE_PRECISIONS
 from model.programs import Run, example, write_onnx, write_pt2, write_torchscript
 from model.segmenter import Segmenter
 from model.trained import load_segmenter
-from model.weight_files import HUB, META, locate_weights, original_key, read_metadata, read_weights, save_safetensors
+from model.weight_files import (
+    HUB,
+    META,
+    is_label_set,
+    locate_weights,
+    original_key,
+    read_metadata,
+    read_weights,
+    save_safetensors,
+)
 from model.weights import PERIODS
 
 TOLERANCE = 1e-4  # largest difference between logits of source and export
@@ -160,6 +169,8 @@ def read_label_set(path: Path, num_classes: int) -> dict[str, Any]:
         found = [entry["id"] for entry in content["classes"] if isinstance(entry["name"], str)]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ModelError(f"--label-set {path}: no label set, see data/label_sets ({' '.join(str(error).split())})") from None
+    if not is_label_set(content):
+        raise ModelError(f"--label-set {path}: colours must be [red, green, blue], 0 to 255, flip_pairs pairs of the ids")
     if found != list(range(num_classes)):
         raise ModelError(
             f"--label-set {path}: its ids must be 0..{num_classes - 1} in order, for the model has {num_classes} classes"

@@ -57,7 +57,7 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.image_size = image_size
         self.patch_padding = arch.patch_padding if patch_padding is None else patch_padding
-        self.rope_precision = rope_precision
+        self.rope_precision = rope_precision if arch.family == "sapiens2" else "fp32"
         self.backbone = build_backbone(arch, image_size, self.patch_padding, rope_precision, drop_path)
         self.decode_head = DeconvHead(arch, num_classes, dropout)
 
@@ -123,7 +123,7 @@ def layer_id(parameter_name: str, depth: int) -> int:
     if part == "decode_head" or parameter_name.startswith("backbone.norm."):
         return depth + 1
     rest = rest if part == "backbone" else ""
-    if rest in EMBEDDINGS or rest.startswith(("patch_embed.", "norm_pre.")):
+    if rest in EMBEDDINGS or rest.startswith(("patch_embed.", "norm_pre.", "rope.")):
         return 0
     if rest.startswith("blocks."):
         block = rest.split(".")[1]

@@ -52,7 +52,7 @@ def load_segmenter(path: str | Path, **told: Any) -> tuple[Segmenter, dict[str, 
 
 def _inferred(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """What the shapes of a segmentation file's tensors tell of the model."""
-    if not all(key in state for key in CLASSIFIER):
+    if not all(key in state and state[key].ndim > 0 for key in CLASSIFIER):
         raise ModelError(f"{path}: holds no classifier ({CLASSIFIER[0]}), only a trained segmentation model will do")
     arch = find_arch(state)
     inferred: dict[str, Any] = {"num_classes": state[CLASSIFIER[0]].shape[0], "rope_precision": "bf16"}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -92,7 +91,6 @@ def locate_weights(path: str | Path) -> Path:
     if not str(path).startswith(HUB):
         return _existing(path)
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = str(path).removeprefix(HUB).partition("@")
     owner, _, rest = name.partition("/")
@@ -105,9 +103,14 @@ def locate_weights(path: str | Path) -> Path:
                 raise ModelError(f"{path}: holds {len(known)} weight files, name one: {HUB}{owner}/{repository}/FILE; {known}")
             file = known[0]
         return _existing(hf_hub_download(f"{owner}/{repository}", file, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: not to be had from the hub, check the name and the network ({reason})") from None
+        raise ModelError(
+            f"{path}: not to be had from the hub, check the name and the network; a file named with /FILE is taken from the "
+            f"cache without a network ({reason})"
+        ) from None
 
 
 def _existing(path: str | Path) -> Path:
@@ -129,10 +132,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)  # torch.save's format since 1.6, and the only one that can be memory-mapped
     try:
+        if is_zip and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            raise ModelError(f"{path}: a TorchScript program, not weights; give the file that it was exported from")
         foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if is_zip else []
         if not foreign:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError):
+    except (ModelError, MemoryError):
+        raise
+    except Exception:  # a damaged pickle raises nearly anything
         raise ModelError(f"{path}: damaged, or not torch.save's: copy it again or save its state_dict alone") from None
     raise ModelError(
         f"{path}: refused, loading it would run pickled code ({', '.join(foreign[:3])}); clean it where it was made: "
@@ -143,7 +150,7 @@ def _read_torch(path: Path) -> Any:
 def save_safetensors(path: str | Path, state_dict: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and metadata (anything JSON can hold) to one file that is either whole or not there.
 
-    metadata's keys: arch, image_size, patch_padding, num_classes, label_set, origin, step.
+    metadata's keys: Segmenter.describe's, and keep_aspect, label_set, origin, step, revision, ema_decay.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +197,49 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         content = _read_torch(path)
         meta = content.get("meta") if isinstance(content, dict) else None
         meta = meta if isinstance(meta, dict) else {}
-        names = (meta.get("dataset_meta") or {}).get("classes") or ()
-        found = {"label_set": {"classes": [{"id": i, "name": name} for i, name in enumerate(names)]}} if names else {}
-        return found | meta.get(META, {})
+        dataset, ours = meta.get("dataset_meta"), meta.get(META)
+        names = dataset.get("classes") if isinstance(dataset, dict) else None
+        named = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
+        found = {"label_set": {"classes": [{"id": i, "name": name} for i, name in enumerate(names)]}} if named else {}
+        return _checked(found | (ours if isinstance(ours, dict) else {}), path)
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}
     except SafetensorError as error:
         raise ModelError(f"{path}: not a whole .safetensors file, copy or download it again ({error})") from None
-    return {key: _decode(value) for key, value in stored.items() if key != "format"}
+    return _checked({key: _decode(value) for key, value in stored.items() if key != "format"}, path)
+
+
+def is_label_set(value: Any) -> bool:
+    """Whether a model can use it: names, colours and flip pairs, as far as they are there, are such."""
+    if not isinstance(value, dict) or not isinstance(value.get("classes", []), list):
+        return False
+    classes, pairs = value.get("classes", []), value.get("flip_pairs", [])
+    return (
+        all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in classes)
+        and all(_are_numbers(entry.get("color", [0, 0, 0]), 3, 256) for entry in classes)
+        and isinstance(pairs, list)
+        and all(_are_numbers(pair, 2, len(classes)) for pair in pairs)
+    )
+
+
+def _are_numbers(value: Any, count: int, end: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(n) is int and 0 <= n < end for n in value)
+
+
+METADATA = {
+    "arch": lambda value: isinstance(value, str),
+    "image_size": lambda value: _are_numbers(value, 2, 2**20) and min(value) > 0,
+    "patch_padding": lambda value: type(value) is int,
+    "rope_precision": lambda value: isinstance(value, str),
+    "num_classes": lambda value: type(value) is int,
+    "label_set": is_label_set,
+}
+
+
+def _checked(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key, is_right in METADATA.items():
+        if key in metadata and not is_right(metadata[key]):
+            given = repr(metadata[key])[:80]
+            raise ModelError(f"{path}: metadata: {key}: {given} is none; give a file that training or model.export wrote")
+    return metadata

@@ -88,8 +88,13 @@ def load_weights(
         resized=resized,
         reinitialised=reinitialised,
         unused=tuple(key for key in state if key not in own),
-        licence=metadata["origin"].get("licence", "") if "origin" in metadata else model.arch.licence,
+        licence=_licence(metadata, model.arch),
     )
+
+
+def _licence(metadata: dict[str, Any], arch: Arch) -> str:
+    origin = metadata.get("origin")
+    return str(origin.get("licence", "")) if isinstance(origin, dict) else arch.licence
 
 
 def check_periods(model: Segmenter, state: dict[str, Tensor], path: Path) -> tuple[str, ...]:
@@ -151,7 +156,7 @@ def _describe_arch(state: dict[str, Tensor]) -> str:
 
 def _fit_position_embedding(model: Segmenter, state: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> dict[str, str]:
     """Bring state's position embedding, if there is one, to the model's grid and prefix tokens; says so if it did."""
-    if POS_EMBED not in state:
+    if POS_EMBED not in state or getattr(model.backbone, "pos_embed", None) is None:
         return {}
     embedding, grid = state[POS_EMBED], model.grid
     if embedding.ndim != 3 or embedding.shape[2] != model.arch.embed_dim:
@@ -161,6 +166,8 @@ def _fit_position_embedding(model: Segmenter, state: dict[str, Tensor], metadata
     if CLS_TOKEN in state and model.backbone.cls_token is None:
         embedding = embedding[:, 1:]
     tokens = embedding.shape[1]
+    if tokens == 0:
+        raise ModelError(f"{path}: {POS_EMBED} has no rows, copy the file again")
     try:
         if "image_size" in metadata:
             old = tuple(side // model.arch.patch_size for side in metadata["image_size"])
@@ -189,7 +196,7 @@ def _fit_head(model: Segmenter, state: dict[str, Tensor], own: dict[str, Tensor]
             raise ModelError(f"{path}: holds only a part of the head, {key} is missing: is the arch the right one?")
         # The number of classes is the first dimension of conv_seg's tensors: that, and only that, may differ.
         skip = 1 if key in CLASSIFIER else 0
-        if state[key].shape[skip:] != own[key].shape[skip:]:
+        if state[key].ndim != own[key].ndim or state[key].shape[skip:] != own[key].shape[skip:]:
             raise ModelError(
                 f"{path}: {key} has shape {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}: "
                 "is the arch the right one?"
@@ -206,7 +213,11 @@ def _fit_classes(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Bring state's classifier to the model's classes: (what happened to keys that keep something, to those drawn anew)."""
     there = {state[key].shape[0] for key in CLASSIFIER}
-    theirs, ours = [_plain(name) for name in theirs], [_plain(name) for name in ours]
+    plain = [_plain(name) for name in theirs], [_plain(name) for name in ours]
+    if all(len(set(names)) == len(names) for names in plain):  # else "T-shirt" and "T shirt" are two classes
+        theirs, ours = plain
+    else:
+        theirs, ours = list(theirs), list(ours)
     named = there == {len(theirs)} and len(ours) == model.num_classes
     if there == {model.num_classes} and (not named or theirs == ours):
         return {}, {}
@@ -224,4 +235,4 @@ def _fit_classes(
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", str(name).lower())
+    return re.sub(r"[\W_]+", "_", name.casefold())

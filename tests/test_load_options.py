@@ -1,6 +1,7 @@
 """Weights that fit only in part: other classes, half a backbone; and weights from the hub."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from model import ModelError
 from model.segmenter import build_segmenter
 from model.trained import load_segmenter
-from model.weight_files import NAMES, locate_weights, original_key, rename_key, save_safetensors
+from model.weight_files import NAMES, locate_weights, original_key, read_weights, rename_key, save_safetensors
 from model.weights import CLASSIFIER, load_weights
 from tests.conftest import python
 from tests.model_cases import METADATA, SIZE, build_golden, build_golden2, build_tiny, refused, write_segmentation2
@@ -65,6 +67,62 @@ def test_same_number_of_other_classes_is_never_taken_by_position(tmp_path):
     assert report.reinitialised.keys() == {*CLASSIFIER} and model.decode_head.conv_seg.bias.eq(0).all()
     load_weights(model, tmp_path / "a.safetensors")  # nobody told the model's classes
     assert torch.equal(model.decode_head.conv_seg.bias, source.bias)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (("背景", "左眼", "右眼", "d", "e"), ("背景", "右眼", "左眼", "d", "e")),
+        (("bg", "T-shirt", "T shirt", "d", "e"), ("bg", "T shirt", "T-shirt", "d", "e")),
+    ],
+)
+def test_names_in_any_script_and_names_alike_are_told_apart(tmp_path, theirs, ours):
+    source = save_with_classes(tmp_path / "a.safetensors", theirs)
+    model = build_tiny(1)
+    load_weights(model, tmp_path / "a.safetensors", ours)
+    assert torch.equal(model.decode_head.conv_seg.bias, source.bias[[0, 2, 1, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"image_size": "128"}, {"image_size": [128]}, {"image_size": [128.0, 96.0]}, {"label_set": None}, {"arch": 5},
+        {"label_set": {"classes": [{"id": 0}]}}, {"num_classes": "x"}, {"patch_padding": True},
+        {"label_set": {"classes": [{"name": "a", "color": "red"}]}},
+        {"label_set": {"classes": [{"name": "a"}], "flip_pairs": [[0, 9]]}},
+    ],
+)  # fmt: skip
+def test_odd_metadata_is_refused_with_its_key(tmp_path, metadata):
+    save_safetensors(tmp_path / "a.safetensors", build_tiny().state_dict(), METADATA | metadata)
+    for action in (load_segmenter, lambda path: load_weights(build_tiny(), path)):
+        refused(action, tmp_path / "a.safetensors", match=f"a.safetensors: metadata: {next(iter(metadata))}")
+
+
+def test_a_strangers_metadata_does_not_matter(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", build_tiny().state_dict(), {"origin": "somewhere"})
+    assert load_weights(build_tiny(1), tmp_path / "a.safetensors").licence.startswith("https://")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=60), st.integers(0, 2000), st.booleans())
+def test_damaged_torch_files_are_told_so(tmp_path_factory, noise, place, zipped):
+    path = tmp_path_factory.mktemp("damaged") / "a.pth"
+    torch.save({"pos_embed": torch.ones(4)}, path, _use_new_zipfile_serialization=zipped)
+    content = bytearray(path.read_bytes())
+    place %= len(content)
+    content[place : place + len(noise)] = noise
+    path.write_bytes(content)
+    try:
+        read_weights(path)
+    except ModelError as error:
+        assert "a.pth" in str(error) and "\n" not in str(error)
+
+
+def test_another_familys_file_loads_in_part_only(tmp_path):
+    save_safetensors(tmp_path / "v1.safetensors", build_tiny().state_dict(), {})
+    refused(load_weights, build_segmenter("tiny2", 5, SIZE), tmp_path / "v1.safetensors", match="looks like tiny:")
+    report = load_weights(build_segmenter("tiny2", 5, SIZE), tmp_path / "v1.safetensors", partial=True)
+    assert "backbone.pos_embed" in report.unused
 
 
 def test_class_names_of_the_originals_own_files_are_read(tmp_path):
@@ -204,4 +262,9 @@ def test_weights_come_from_the_hub(tmp_path):
     with Hub({"a.safetensors": b"1", "b.pth": b"2"}) as endpoint:
         ((kind, message),) = locate(endpoint, tmp_path / "other", "owner/name")
     assert kind == "refused" and "holds 2 weight files" in message and "a.safetensors" in message
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        answers = locate(nowhere, tmp_path / "home", "owner/name/model.safetensors", "owner/name")
+    assert [kind for kind, _ in answers] == ["at", "refused"] and "check the name and the network" in answers[1][1]
     assert locate_weights(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"

@@ -63,6 +63,12 @@ def test_loss_and_gradients_match_the_original(checkpoint, precision):
     dice = _dice_losses(F.log_softmax(logits, dim=1), data["label"], 255)
     assert entropy.item() == pytest.approx(expected["logs"]["loss_ce"], rel=1e-4)
     assert dice.tolist() == pytest.approx(expected["dice_per_sample"], rel=1e-4)
+    smaller = F.interpolate(logits, (100, 75), mode="bilinear", align_corners=False)
+    label_100x75, theirs = data["label_100x75"], expected["resized_label_100x75"]["logs"]
+    other = F.cross_entropy(smaller, label_100x75.long(), weights, ignore_index=255, reduction="none").mean()
+    assert other.item() == pytest.approx(theirs["loss_ce"], rel=1e-4)
+    other = _dice_losses(F.log_softmax(smaller, dim=1), label_100x75, 255).mean()
+    assert other.item() == pytest.approx(theirs["loss_dice"], rel=1e-4)
     (entropy + dice.mean()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     theirs = {rename_key(name): norm for name, norm in expected["grad_norms"].items()}

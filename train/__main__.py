@@ -20,7 +20,7 @@ from data.remote import FileCache
 from data.shards import ShardSet
 from model import ModelError
 from model.archs import get_arch
-from model.weight_files import HUB, locate_weights
+from model.weight_files import HUB, locate_weights, read_metadata
 from train import TrainError, checkpoint, deepspeed_config
 from train.config import Config, load_config, training_order
 from train.loss import class_weights
@@ -84,7 +84,7 @@ def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any
     checkpoint.source(config.output_dir, config.resume_from)
     if config.load_from and not config.load_from.startswith(HUB):
         try:
-            locate_weights(config.load_from)
+            read_metadata(locate_weights(config.load_from))
         except ModelError as error:
             raise TrainError(f"load_from: {error}") from None
     total_steps = config.total_steps(training_order(config, train).epoch_length)

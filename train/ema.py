@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, in shards where DeepSpeed shards the optimizer's fp32 weights."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -50,8 +51,8 @@ class Ema:
         path = self._file(folder)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise TrainError(f"{path}: not readable: {error.strerror}; resume from another checkpoint") from None
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise TrainError(f"{path}: not readable: {' '.join(str(error).split())}; resume from another checkpoint") from None
         for mine, value in zip(self.average, saved, strict=True):
             mine.copy_(value)
 

@@ -94,7 +94,7 @@ def fit(
         log.info("\n%s\nmodel          %s", text, path)
         if raw_path:
             log.info("not averaged   %s", raw_path)
-        if val:
+        if val and config.evaluate.pictures:
             log.info("contact sheet  %s", _sheet_path(config, state.total_steps))
 
 
