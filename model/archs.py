@@ -41,11 +41,6 @@ class Arch:
         repositories = {"sapiens": "sapiens/blob/main/LICENSE", "sapiens2": "sapiens2/blob/main/LICENSE.md"}
         return f"https://github.com/facebookresearch/{repositories[self.family]}" if self.family in repositories else ""
 
-    @property
-    def stride(self) -> float:
-        """Input pixels for each of the logits, along one side."""
-        return self.patch_size / 2 ** len(self.head_deconv)
-
     def check(self, image_size: tuple[int, int], patch_padding: int) -> None:
         """Raises ModelError if images of (height, width) are not whole patches, or this family has no such padding."""
         if any(side <= 0 or side % self.patch_size for side in image_size):

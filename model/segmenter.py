@@ -87,7 +87,7 @@ class Segmenter(nn.Module):
 
         images: (B, 3, H, W) RGB, 0..255, uint8 or float; H and W are filled up to whole patches, at the bottom and the
         right, with the mean colour. dropout_seeds: int64 (B,) on the CPU, needed for training.
-        Returns (B, num_classes, rows / stride, columns / stride) of the filled-up image.
+        Returns (B, num_classes, h, w): the filled-up image at the resolution of the head, a half for Sapiens v1.
         """
         # A bias, not a weight: it keeps its dtype when DeepSpeed ZeRO-3 has partitioned it away.
         pixels = normalize(images).to(self.decode_head.conv_seg.bias.dtype)

@@ -11,7 +11,7 @@ from model.segmenter import Segmenter, full_size_logits, has_weight_decay, layer
 from model.weight_files import rename_key
 from model.weights import load_weights
 from tests.model_cases import ARCH2, EXPECTED2, MICRO, SIZE, arrays, build_golden2, refused, write_segmentation2
-from train.loss import _dice_losses
+from train.loss import dice_losses
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def test_loss_and_gradients_match_the_original(checkpoint, precision):
     model, weights = build_golden2(checkpoint, precision), torch.tensor(load_label_set("sapiens2_29").class_weights)
     logits, label = full_size_logits(model, data["images"]), data["label"].long()
     entropy = F.cross_entropy(logits, label, weights, ignore_index=255, reduction="none").mean()  # ignored pixels count
-    dice = _dice_losses(F.log_softmax(logits, dim=1), data["label"], 255)
+    dice = dice_losses(F.log_softmax(logits, dim=1), data["label"], 255)
     assert entropy.item() == pytest.approx(expected["logs"]["loss_ce"], rel=1e-4)
     assert dice.tolist() == pytest.approx(expected["dice_per_sample"], rel=1e-4)
     smaller = F.interpolate(logits, (100, 75), mode="bilinear", align_corners=False)
     label_100x75, theirs = data["label_100x75"], expected["resized_label_100x75"]["logs"]
     other = F.cross_entropy(smaller, label_100x75.long(), weights, ignore_index=255, reduction="none").mean()
     assert other.item() == pytest.approx(theirs["loss_ce"], rel=1e-4)
-    other = _dice_losses(F.log_softmax(smaller, dim=1), label_100x75, 255).mean()
+    other = dice_losses(F.log_softmax(smaller, dim=1), label_100x75, 255).mean()
     assert other.item() == pytest.approx(theirs["loss_dice"], rel=1e-4)
     (entropy + dice.mean()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -108,11 +108,11 @@ class PixelLoss:
             loss = torch.lerp(loss, even, self.label_smoothing)
         loss = loss / (weight or 1.0)  # no pixel of the global batch may be valid
         if self.dice:
-            loss = loss + self.dice * _dice_losses(log_p, labels, ignore).sum() / (images or 1.0)
+            loss = loss + self.dice * dice_losses(log_p, labels, ignore).sum() / (images or 1.0)
         return loss
 
 
-def _dice_losses(log_p: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def dice_losses(log_p: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Each image's Dice loss (see PixelLoss), (B,), from log-probabilities (B, C, H, W) and labels uint8 (B, H, W)."""
     p = log_p[:, 1:].exp()
     foreground = torch.arange(1, log_p.shape[1], device=labels.device)
