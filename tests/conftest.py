@@ -62,16 +62,25 @@ class Run:
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def train_command(shards: Path, folder: Path, *overrides: str, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-m", "train"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        start = [str(launcher), "--num_gpus", str(processes), "--master_port", str(port), "--module", "train"]
+def experiment(shards: Path, folder: Path, *overrides: str) -> list[str]:
+    """A small one: its config and what overrides it."""
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output_dir={folder}"]
-    return [*start, "--config", "train/configs/demo.yaml", *SMALL, *data, *overrides]
+    return ["train/configs/demo.yaml", *SMALL, *data, *overrides]
+
+
+def launched(module: str, processes: int) -> list[str]:
+    """The start of a command that runs `module` in so many processes."""
+    if processes == 1:
+        return [sys.executable, "-m", module]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_gpus", str(processes), "--master_port", str(port), "--module", module]
+
+
+def train_command(shards: Path, folder: Path, *overrides: str, processes: int = 1) -> list[str]:
+    return [*launched("train", processes), "--config", *experiment(shards, folder, *overrides)]
 
 
 def train_environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What the tests of model/ share: the golden data of the original Sapiens and Sapiens2, and small models."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +71,11 @@ def build_golden2(path: Path, rope_precision: str = "bf16", num_classes: int = 2
 def build_tiny(seed: int = 0, image_size: tuple[int, int] = SIZE) -> Segmenter:
     torch.manual_seed(seed)
     return build_segmenter("tiny", 5, image_size).eval()
+
+
+def images(batch: int, size: Sequence[int] = (32, 24)) -> Tensor:
+    """Noise: uint8 (batch, 3, *size), the same for each batch."""
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(batch))
 
 
 def refused(action: Callable, *arguments: object, match: str) -> str:

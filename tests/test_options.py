@@ -1,6 +1,8 @@
 """Frozen layers, Dice, label smoothing, class weights and averaged weights: real runs against one plain PyTorch loop."""
 
+import json
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from data.mixture import Mixture
 from data.order import BatchPlan
 from model.segmenter import Segmenter, layer_id
 from model.weight_files import read_weights
-from tests.conftest import ROOT, Run, train_command, train_environment, zero
+from tests.conftest import ROOT, Run, experiment, launched, train_environment, zero
 from train import TrainError
 from train.config import Config, load_config
 from train.loss import PixelLoss, class_weights
@@ -25,12 +27,18 @@ STEPS = 8
 SETTINGS = [
     f"schedule.steps={STEPS}", "schedule.warmup_steps=2", "optimizer.lr=1e-3", "checkpoint.every_steps=8",
     "model.recompute=true", "model.dropout=0.1", "augment.scale=[0.5,2]", "augment.rotate_probability=0.5",
+    "loss.class_weights=none",
 ]  # fmt: skip
-FROZEN = ["model.freeze=backbone", "loss.class_weights=none"]
-FULL = [
-    "model.freeze=1", "loss.class_weights=auto", "loss.dice=0.5", "loss.label_smoothing=0.1", "ema.decay=0.3",
-    "model.drop_path=0.2",
-]  # fmt: skip
+OPTIONS = {
+    "frozen": ["model.freeze=backbone"],
+    "averaged": ["ema.decay=0.3"],
+    "dice": ["loss.dice=0.5"],
+    "weighted": ["loss.class_weights=auto"],
+    "all": [
+        "model.freeze=1", "ema.decay=0.3", "loss.dice=0.5", "loss.class_weights=auto", "loss.label_smoothing=0.1",
+        "model.drop_path=0.2",
+    ],
+}  # fmt: skip
 
 
 @dataclass
@@ -45,8 +53,8 @@ class Plain:
 
 
 def configuration(shards: Path, settings: list[str]) -> Config:
-    command = train_command(shards, Path("nowhere"), *SETTINGS, *settings)
-    return load_config(ROOT / "train/configs/demo.yaml", [part for part in command if "=" in part])
+    path, *overrides = experiment(shards, Path("nowhere"), *SETTINGS, *settings)
+    return load_config(ROOT / path, overrides)
 
 
 def fresh_model(config: Config, data: Mixture) -> Segmenter:
@@ -82,61 +90,62 @@ def plain_loop(shards: Path, settings: list[str]) -> Plain:
     return plain
 
 
-def recorded_run(shards: Path, folder: Path, settings: list[str]) -> tuple[Run, dict[str, Tensor]]:
-    """A run of two processes, and the gradients of its first step."""
-    command = train_command(shards, folder, *SETTINGS, *settings, processes=2)
-    command[command.index("--module") + 1] = "tests.recorded_run"
-    environment = {**train_environment(), "GRADIENTS": str(folder.with_suffix(".gradients.pt"))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=150, text=True, capture_output=True)
+@pytest.fixture(scope="module")
+def plain(shards) -> dict[str, Plain]:
+    return {name: plain_loop(shards, settings) for name, settings in OPTIONS.items()}
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+def runs(request, shards, tmp_path_factory) -> dict[str, Run]:
+    """Each of OPTIONS trained at one ZeRO stage, in two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = [*SETTINGS, zero(request.param, folder)]
+    jobs = {name: experiment(shards, folder / name, *settings, *options) for name, options in OPTIONS.items()}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [*launched("tests.recorded_run", processes=2), str(folder / "jobs.json")]
+    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=270, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Run(0, done.stdout, folder), torch.load(environment["GRADIENTS"])
+    return {name: Run(0, done.stdout, folder / name) for name in OPTIONS}
 
 
-def check_equal(run: Run, gradients: dict[str, Tensor], plain: Plain) -> None:
-    assert gradients.keys() == plain.gradients.keys()
-    largest = max(gradient.abs().max() for gradient in plain.gradients.values())
-    apart = max((gradients[name] - gradient).abs().max() for name, gradient in plain.gradients.items()) / largest
-    difference = np.abs(np.array(list(run.losses.values())) - plain.losses).max()
+@pytest.mark.timeout(300)  # the first one waits for all of the stage's runs
+@pytest.mark.parametrize("option", OPTIONS)
+def test_trains_as_plain_pytorch(runs, plain, option):
+    run, expected = runs[option], plain[option]
+    gradients = torch.load(run.folder / "gradients.pt")
+    assert gradients.keys() == expected.gradients.keys()
+    largest = max(gradient.abs().max() for gradient in expected.gradients.values())
+    apart = max((gradients[name] - gradient).abs().max() for name, gradient in expected.gradients.items()) / largest
+    difference = np.abs(np.array(list(run.losses.values())) - expected.losses).max()
     print(f"largest difference: gradients {apart:.1e} of the largest, losses {difference:.1e}")
     assert apart < 1e-5
     assert len(run.losses) == STEPS and difference < 2e-5
 
 
-@pytest.fixture(scope="module")
-def plain_frozen(shards) -> Plain:
-    return plain_loop(shards, FROZEN)
+def test_what_is_frozen_keeps_its_weights(runs, plain):
+    learning = {option: torch.load(runs[option].folder / "gradients.pt").keys() for option in ("frozen", "all")}
+    assert all(name.startswith("decode_head.") for name in learning["frozen"])
+    assert layers_of(learning["all"]) == {2, 3, 4, 5}
+    for option, names in learning.items():
+        before, after = plain[option].initial, read_weights(runs[option].folder / "model.safetensors")
+        for name, weight in before.items():
+            assert torch.equal(after[name], weight) == (name not in names), name
 
 
-@pytest.fixture(scope="module")
-def plain_full(shards) -> Plain:
-    return plain_loop(shards, FULL)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_frozen_backbone_trains_as_plain_pytorch(shards, tmp_path, plain_frozen, stage):
-    run, gradients = recorded_run(shards, tmp_path / "run", [*FROZEN, zero(stage, tmp_path)])
-    assert gradients and all(name.startswith("decode_head.") for name in gradients)
-    check_equal(run, gradients, plain_frozen)
-    exported = read_weights(tmp_path / "run" / "model.safetensors")
-    for name, before in plain_frozen.initial.items():
-        if name.startswith("backbone."):
-            assert torch.equal(exported[name], before), name
-    assert not torch.equal(exported["decode_head.conv_seg.weight"], plain_frozen.initial["decode_head.conv_seg.weight"])
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_all_options_train_as_plain_pytorch(shards, tmp_path, plain_full, stage):
-    run, gradients = recorded_run(shards, tmp_path / "run", [*FULL, zero(stage, tmp_path)])
-    assert {layer_id(name, 4) for name in gradients} == {2, 3, 4, 5}
-    check_equal(run, gradients, plain_full)
-    exported = read_weights(tmp_path / "run" / "model.safetensors")
-    assert exported.keys() == plain_full.average.keys()
-    for name, average in plain_full.average.items():
+@pytest.mark.parametrize("option", ["averaged", "all"])
+def test_the_average_is_exported(runs, plain, option):
+    expected, exported = plain[option], read_weights(runs[option].folder / "model.safetensors")
+    assert exported.keys() == expected.average.keys()
+    for name, average in expected.average.items():
         if name == "decode_head.conv_layers.0.bias":
             continue  # an instance norm follows: its gradient is rounding noise, which AdamW makes steps of
         assert (exported[name] - average).abs().max() < 2e-6, name
-        frozen = "embed" in name or "blocks.0." in name
-        assert frozen or (plain_full.final[name] - average).abs().max() > 2e-5, name
+        frozen = option == "all" and layer_id(name, 4) < 2
+        assert frozen or (expected.final[name] - average).abs().max() > 2e-5, name
+
+
+def layers_of(names: Iterable[str]) -> set[int]:
+    return {layer_id(name, 4) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def test_what_freezes(shards):
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert grouped == {id(parameter) for parameter in named.values()}
-        return {layer_id(name, 4) for name in named if name.startswith("backbone.")}
+        return layers_of(name for name in named if name.startswith("backbone."))
 
     assert learning(None) == {0, 1, 2, 3, 4, 5} and learning("backbone") == set()
     assert learning(0) == {1, 2, 3, 4, 5} and learning(3) == {4, 5} and learning(4) == {5}
