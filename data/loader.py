@@ -5,6 +5,7 @@ Training batches are written by the worker processes straight into memory that t
 
 import ctypes
 import logging
+import signal
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -235,6 +236,10 @@ def _collate(items: list[tuple | DataError]) -> Batch | DataError:
 
 
 def _start_worker(worker: int) -> None:
+    # Signals to the whole process group: the trainer decides when to end, and may want batches until then.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     # glibc gives each freed image back to the system, and the pages of the next one are cleared anew: up to 5 ms an image.
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):

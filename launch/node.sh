@@ -73,11 +73,24 @@ WORLD_SIZE=$processes python -m train --check "${arguments[@]}" >/dev/null
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 started=$(mktemp)
+rm -f "$OUTPUT_DIR/stop" # meant for a run before
+export NODE_SH_PID=$$ # when this script is killed, the run saves and ends as well
+set -m # the launcher gets a process group of its own: Ctrl-C reaches this script alone, which asks the run to save
 python -m deepspeed.launcher.runner --log_level warning "${place[@]}" --master_port "$port" --no_local_rank --module train "${arguments[@]}" &
 launcher=$!
-trap 'kill -TERM "$launcher" 2>/dev/null' INT TERM
-wait "$launcher" && code=0 || code=$?
-if kill -0 "$launcher" 2>/dev/null; then wait "$launcher" && code=0 || code=$?; fi # a signal ends the first wait early
+asked=
+stop() {
+  if [ -z "$asked" ]; then
+    asked=1
+    mkdir -p "$OUTPUT_DIR" && touch "$OUTPUT_DIR/stop"
+    echo "$1: the run saves after its step and ends; once more ends it at once" >&2
+  else
+    while kill -KILL -- "-$launcher" 2>/dev/null; do sleep 0.1; done
+  fi
+}
+for name in INT TERM USR1 HUP QUIT; do trap "stop $name" "$name"; done
+code=0
+while wait "$launcher" && code=0 || code=$?; kill -0 "$launcher" 2>/dev/null; do :; done # a signal ends a wait early
 # The launcher also returns 0 when its own child was killed: only the finished model proves the run.
 if [ "$code" = 0 ] && [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
   echo "error: the run ended without a model; see $OUTPUT_DIR/log.txt, then start it again to continue" >&2

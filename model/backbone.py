@@ -79,7 +79,6 @@ def build_backbone(
     """A timm vision transformer that is a FeatureMap, for images of (height, width) or, resizing its positions, any other.
 
     rope_precision: see Segmenter. drop_path is the last block's rate of stochastic depth; it grows linearly from 0.
-    `set_grad_checkpointing` (timm's) makes the backward pass recompute every block instead of keeping it.
 
     Raises ModelError if the image isn't whole patches, or the padding isn't the family's.
     """

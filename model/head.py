@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.archs import Arch
+from model.recompute import keep_inputs
 
 
 class SampleDropout2d(nn.Module):
@@ -44,7 +44,7 @@ class DeconvHead(nn.Module):
 
     def __init__(self, arch: Arch, num_classes: int, dropout: float) -> None:
         super().__init__()
-        self.grad_checkpointing = False
+        self.recomputes = False  # keeps one tensor a stage for the backward pass instead of three: model.recompute
         channels = arch.embed_dim
         deconv: list[nn.Module] = []
         for width in arch.head_deconv:
@@ -73,20 +73,13 @@ class DeconvHead(nn.Module):
                 layer.reset_parameters()
         self.reset_classifier()
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep one tensor a stage for the backward pass instead of three; norm and SiLU are computed twice."""
-        self.grad_checkpointing = enable
-
     def forward(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """seeds: see SampleDropout2d."""
         layers = [*self.deconv_layers, *self.conv_layers]
         convs = [*layers[0::3], self.conv_seg]
         x = convs[0](features)
         for stage in zip(layers[1::3], layers[2::3], convs[1:], strict=True):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._stage, x, *stage, seeds, use_reentrant=False)
-            else:
-                x = self._stage(x, *stage, seeds)
+            x = keep_inputs(self._stage, x, *stage, seeds) if self.recomputes else self._stage(x, *stage, seeds)
         return x
 
     def _stage(self, x: Tensor, norm: nn.Module, act: nn.Module, next_conv: nn.Module, seeds: Tensor | None) -> Tensor:

@@ -77,11 +77,6 @@ class Segmenter(nn.Module):
             "normalization": {"channels": "RGB", "range": [0, 255], "mean": list(MEAN), "std": list(STD)},
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' and the head's activations in the backward pass instead of keeping them."""
-        self.backbone.set_grad_checkpointing(enable)
-        self.decode_head.set_grad_checkpointing(enable)
-
     def forward(self, images: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Logits at the head's resolution, in the parameters' dtype: see full_size_logits for the image's own.
 

@@ -97,13 +97,30 @@ def train(shards: Path, folder: Path, *overrides: str, processes: int = 1, timeo
     return Run(done.returncode, done.stdout, folder)
 
 
-def zero(stage: int, folder: Path) -> str:
-    """The override for a ZeRO stage. At stage 3 only vectors stay whole: as shipped, all of a small model would."""
-    if stage < 3:
+def recorded_runs(jobs: dict[str, list[str]], folder: Path, processes: int, *arguments: object) -> dict[str, Run]:
+    """Experiments one after another, each in so many processes and with its own output folder: see tests.recorded_run, which
+    takes the `arguments`. Not as `train` does by the launcher, whose start takes longer than most of them."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    environment = train_environment() if processes else os.environ
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.recorded_run", str(path), str(processes), *map(str, arguments)],
+        cwd=ROOT, env=environment, timeout=290, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = {name: next(word.partition("=")[2] for word in job if word.startswith("output_dir=")) for name, job in jobs.items()}
+    return {name: Run(0, done.stdout, Path(folder)) for name, folder in folders.items()}
+
+
+def zero(stage: int | str, folder: Path) -> str:
+    """The override for a file of ds_configs. At stage 3 only vectors stay whole: as shipped, all of a small model would."""
+    if not str(stage).startswith("3"):
         return f"deepspeed=ds_configs/zero{stage}.json"
-    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
-    path = folder / "zero3_partitioned.json"
+    if stage == "3_nvme":
+        settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder / "nvme")
+    path = folder / f"zero{stage}_partitioned.json"
     path.write_text(json.dumps(settings))
     return f"deepspeed={path}"
 

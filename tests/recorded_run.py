@@ -1,10 +1,13 @@
-"""python -m tests.recorded_run JOBS.json: as tests.run_recipes, also in every process of the deepspeed launcher.
+"""python -m tests.recorded_run JOBS.json WORLD [STEP]: trains experiments one after another, each in WORLD processes.
 
-Each job leaves in its output folder gradients.pt, those of the first step before clipping, and logits.pt, what the engine
-gives for `model_cases.images(3)` with the weights that it exports. Ends at the first job that fails.
+JOBS.json is {name: [config, override, ...]}. Each leaves in its output folder gradients.pt, those of the first step before
+clipping, and logits.pt, what the engine gives for `model_cases.images(3)` with the weights that it exports, and rates.json,
+the learning rate in the last step of each parameter that rank 0 keeps a part of. The loss of optimizer step STEP is infinite.
+Ends at the first one that fails. WORLD 0: the first one in this process itself, for CUDA does not outlive a fork.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +15,18 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-import train.run
+import train.loop
+from tests.forks import attempt
 from tests.model_cases import images
-from tests.run_recipes import attempt
-from train.config import Config
+from train.__main__ import run
+from train.config import load_config
 from train.engine import DeepSpeedEngine, gather_weights
+from train.loop import Training
 
 
-def recorded(fit: Callable) -> Callable:
-    def run(engine: DeepSpeedEngine, config: Config, *others: object) -> None:
+def recorded(fit: Callable, spoilt: int | None) -> Callable:
+    def record(training: Training) -> bool:
+        engine, config = training.engine, training.config
         update = engine.step
         kept: set[str] = set()
 
@@ -34,24 +40,43 @@ def recorded(fit: Callable) -> Callable:
             if engine.is_gradient_accumulation_boundary() and "gradients.pt" not in kept:
                 parameters = engine.module.named_parameters()
                 gradients = {name: safe_get_full_grad(parameter) for name, parameter in parameters}
-                keep({name: g.clone() for name, g in gradients.items() if g is not None}, "gradients.pt")
+                scale = getattr(engine.optimizer, "loss_scale", 1)  # fp16's
+                keep({name: g / scale for name, g in gradients.items() if g is not None}, "gradients.pt")
             update()
 
+        def rates() -> None:
+            masters, found = training.saver.masters, {}
+            for fragment in masters.fragments:
+                tensor, start, numel = masters.place(fragment)
+                (scale,) = {scale for scale, first, end in masters.adamw.pieces[tensor] if first < start + numel and start < end}
+                found[fragment.name] = engine.optimizer.param_groups[0]["lr"] * scale
+            if torch.distributed.get_rank() == 0:
+                (config.output_dir / "rates.json").write_text(json.dumps(found))
+
         def weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+            rates()
             engine.eval()
             with torch.no_grad():
                 keep(engine(images(3, config.model.image_size)), "logits.pt")  # averaged weights are exported first
             return gather_weights(engine)
 
-        engine.step, train.loop.gather_weights = step, weights
-        fit(engine, config, *others)
+        share = training.loss.share
 
-    return run
+        def spoil(*arguments: object) -> torch.Tensor:
+            return share(*arguments) * (math.inf if training.state.step == spoilt else 1)
+
+        engine.step, train.loop.gather_weights, training.loss.share = step, weights, spoil
+        return fit(training)
+
+    return record
 
 
 if __name__ == "__main__":
-    train.run.fit = recorded(train.run.fit)
-    for name, job in json.loads(Path(sys.argv[-1]).read_text()).items():
-        code, output = attempt(*job)
+    path, world, *spoilt = sys.argv[1:]
+    Training.fit = recorded(Training.fit, int(spoilt[0]) if spoilt else None)
+    for name, job in json.loads(Path(path).read_text()).items():
+        if world == "0":
+            sys.exit(run(load_config(Path(job[0]), job[1:]), check_only=False))
+        code, output = attempt(job, int(world))
         if code:
             sys.exit(f"{name}: exit code {code}\n{output}")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from train import TrainError
 from train.config import load_config
-from train.deepspeed_config import resolve
+from train.deepspeed_config import refuse_wrong_deepspeed, resolve
 
 CONFIGS = sorted(Path("train/configs").glob("*.yaml"))
 DEMO = Path("train/configs/demo.yaml")
@@ -34,7 +34,7 @@ def test_our_experiments_are_valid(path):
         (["model.arch=sapiens_3b"], "model.arch: .*sapiens_3b"),
         (["schedule.epochs=3"], "schedule: give one of `epochs` and `steps`"),
         (["loss.class_weights=some"], "loss.class_weights"),
-        (["precision=fp16"], "precision: .*'fp16'"),
+        (["precision=fp8"], "precision: .*'fp8'"),
         (["data=3"], "data: "),
         (["augment.scale=[0,1]"], "augment.scale: .*no range"),
         (["optimizer.betas=[0.9,1]"], "optimizer.betas.1: .*less than 1"),
@@ -180,3 +180,64 @@ def test_precision_fills_the_right_section():
         for on_gpu in (False, True):
             config = load_config(DEMO, [f"deepspeed=ds_configs/{name}.json"])
             assert resolve(config, 2, on_gpu)[key]["enabled"] is on_gpu
+
+
+@pytest.mark.parametrize("wrong", ["0.17.6", "0.18.2", "0.19.3"])
+def test_versions_with_wrong_gradients_are_refused(wrong):
+    with pytest.raises(TrainError, match=rf"deepspeed {wrong}: .*pip install 'deepspeed>=0.19.4'"):
+        refuse_wrong_deepspeed(wrong)
+    refuse_wrong_deepspeed("0.19.4")
+
+
+def test_gradients_are_added_up_and_sent_in_fp32_unless_the_json_says_otherwise(tmp_path):
+    for stage in (0, 1, 2, 3):
+        path = tmp_path / f"{stage}.json"
+        half = "torch_autocast" if stage == 0 else "bf16"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}, half: {"enabled": "auto"}}))
+        settings = resolve(load_config(DEMO, [f"deepspeed={path}", "precision=bf16"]), 1, on_gpu=True)
+        assert settings["communication_data_type"] == "fp32"
+        assert settings.get("data_types", {"grad_accum_dtype": "fp32"}) == {"grad_accum_dtype": "fp32"}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}))
+    assert resolve(load_config(DEMO, [f"deepspeed={path}"]), 1, on_gpu=False)["communication_data_type"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_gpu", "message"),
+    [
+        (["precision=fp16"], False, "precision: fp16 needs a GPU"),
+        (["precision=fp16", "deepspeed=ds_configs/zero0.json"], True, "zero0.json: fp16: not there, or at ZeRO stage 0"),
+        (["compile=true", "deepspeed=ds_configs/zero3.json"], False, "compile: ds_configs/zero3.json is ZeRO stage 3"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides, on_gpu, message):
+    with pytest.raises(TrainError, match=message):
+        resolve(load_config(DEMO, overrides), 1, on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}, "offload_param: "),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer: NVMe needs"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "and ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "an average"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm: without it"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto", "check_grad_overflow": False}}, "check_grad_overflow"),
+    ],
+)
+def test_settings_that_would_harm_are_refused(tmp_path, sections, message):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(sections))
+    with pytest.raises(TrainError, match=message):
+        resolve(load_config(DEMO, [f"deepspeed={path}", "ema.decay=0.9"]), 1, on_gpu=False)
+
+
+def test_no_offload_may_be_null(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "offload_param": null, "offload_optimizer": null}}')
+    resolve(load_config(DEMO, [f"deepspeed={path}"]), 1, on_gpu=False)
+
+
+def test_fp16_on_a_gpu():
+    settings = resolve(load_config(DEMO, ["precision=fp16"]), 1, on_gpu=True)
+    assert settings["fp16"] == {"enabled": True} and settings["bf16"] == {"enabled": False}

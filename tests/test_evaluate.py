@@ -1,5 +1,6 @@
 """Scores at each mask's own resolution, for images of other shapes than the network's input."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from data.build_shards import main
 from data.labels import LabelSet
 from data.pictures import save_png
 from data.shards import ShardSet
+from model.trained import load_segmenter
+from tests.conftest import python, train, zero
 from train.evaluate import evaluate
 from train.evaluate import main as evaluate_main
 
@@ -84,3 +87,22 @@ def test_a_sheet_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"^{tmp_path}/file/x.png: cannot be written .*; choose another place"):
         save_png(tmp_path / "file" / "x.png", np.zeros((2, 2, 3), np.uint8))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_set_smaller_than_the_world_is_scored_once(faces, tmp_path, stage):
+    """Three processes, one image: two of them have none, but their share of the weights."""
+    done = python(
+        "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", faces, "--out", tmp_path / "shards",
+        "--limit", 13, "--val-fraction", "0.08",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    batch = ["global_batch_size=6", "micro_batch_size=2", "schedule.steps=2", "evaluate.every_steps=1", "ema.decay=0.9"]
+    run = train(tmp_path / "shards", tmp_path / "run", *batch, zero(stage, tmp_path), processes=3)
+    assert run.code == 0, run.output
+    val = ShardSet.open(str(tmp_path / "shards" / "val"))
+    model, _ = load_segmenter(tmp_path / "run" / "model.safetensors")
+    alone, _ = evaluate(model, val, (32, 24), torch.device("cpu"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["val/miou"] for line in lines if "val/miou" in line]
+    assert len(val) == 1 and len(scores) == 2 and scores[-1] == pytest.approx(alone.miou, abs=1e-6)

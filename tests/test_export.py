@@ -22,7 +22,7 @@ from model.export import ENDINGS, compare, export, main
 from model.segmenter import Segmenter
 from model.trained import load_segmenter
 from model.weight_files import META, read_metadata, read_weights, save_safetensors
-from tests.conftest import ROOT, experiment, python
+from tests.conftest import ROOT, experiment, python, recorded_runs
 from tests.model_cases import ARCH, ARCH2, SIZE, build_tiny, images, refused, write_segmentation, write_segmentation2
 
 LABELS = ROOT / "data" / "label_sets" / "face19.yaml"
@@ -46,10 +46,8 @@ def runtime(path: Path, format: str) -> tuple[Callable[[Tensor], Tensor], dict]:
 def trained(request, shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     job = experiment(shards, folder / "run", "schedule.steps=3", f"model.arch={request.param}")
-    (folder / "jobs.json").write_text(json.dumps({request.param: job}))
-    done = python("-m", "tests.recorded_run", folder / "jobs.json", DS_ACCELERATOR="cpu")
-    assert done.returncode == 0, done.stderr
-    return folder / "run" / "model.safetensors"
+    run = recorded_runs({request.param: job}, folder, processes=1)[request.param]
+    return run.folder / "model.safetensors"
 
 
 @pytest.mark.parametrize("format", ENDINGS)

@@ -5,19 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.conftest import ROOT, SMALL, python, wait_for_step
+from train.interrupt import INTERRUPTED
 
 
 def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUTPUT_DIR": str(folder), **variables}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
     small = [override for override in SMALL if not override.startswith("micro_batch_size")]  # the variable's
-    command = ["launch/node.sh", *small, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
+    # A shell cannot trap what was ignored before it started, as SIGINT is in the background of another shell.
+    command = ["env", "--default-signal=INT", "launch/node.sh"]
+    command += [*small, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -73,12 +79,57 @@ def test_variables_are_checked(shards, tmp_path, overrides, variables, word):
     assert process.returncode == 2 and output.startswith("error: ") and word in output
 
 
-def test_a_signal_ends_everything(shards, tmp_path):
+def commands(process: subprocess.Popen) -> Iterator[list[str]]:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            yield child.cmdline()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_saves_and_ends_everything(shards, tmp_path, name):
     process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
     wait_for_step(tmp_path, 1, process)
     family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == INTERRUPTED and "once more ends it at once" in output, output
+    assert "stops after step" in output and list((tmp_path / "checkpoints").glob("step_*/run.json"))
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def test_a_signal_while_it_starts_is_not_forgotten(shards, tmp_path):
+    process = start(shards, tmp_path / "run", "schedule.steps=100000", DEVICES="0,1")
+    while not any("--no_local_rank" in command for command in commands(process)):
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and "stops after step 0" in output, output
+
+
+def test_without_the_script_a_run_saves_and_leaves(shards, tmp_path):
+    process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
+    wait_for_step(tmp_path, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive and list((tmp_path / "checkpoints").glob("step_*/run.json"))
+    process.communicate()
+
+
+def test_a_second_signal_ends_it_at_once(shards, tmp_path):
+    process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
+    wait_for_step(tmp_path, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in family if "train" in child.cmdline() and child.parent().cmdline()[-1:] == child.cmdline()[-1:]]
+    for rank in ranks:
+        rank.suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    for rank in ranks:
+        rank.resume()
     process.communicate(timeout=20)
-    assert process.returncode not in (0, None)
-    _, alive = psutil.wait_procs(family, timeout=15)
+    assert process.returncode not in (0, INTERRUPTED)
+    _, alive = psutil.wait_procs(family, timeout=1)
     assert not alive

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from model.segmenter import build_segmenter
 from train.config import OptimizerConfig, ScheduleConfig
-from train.optim import build_optimizer, lr_factor, parameter_groups, set_lr
+from train.optim import LayerwiseAdamW, build_optimizer, lr_factor, lr_scales, set_lr
 
 
-def test_every_parameter_in_one_group_with_its_rates():
+def test_every_parameter_has_its_rate_and_decay():
     model = build_segmenter("tiny", 5, (32, 32))
     config = OptimizerConfig(lr=1e-3, layer_decay=0.5, weight_decay=0.1)
-    groups = parameter_groups(model, config)
-    by_id = {id(p): group for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(by_id) == len(list(model.parameters()))
+    groups, scales = build_optimizer(model, config).param_groups, lr_scales(model, config)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(groups) == 2 and len(decays) == len(scales) == len(list(model.parameters()))
     expected = {
         "backbone.pos_embed": (0.5**5, 0.0),
         "backbone.patch_embed.proj.weight": (0.5**5, 0.1),
@@ -27,11 +27,32 @@ def test_every_parameter_in_one_group_with_its_rates():
         "decode_head.conv_seg.bias": (1.0, 0.0),
     }
     for name, (scale, decay) in expected.items():
-        group = by_id[id(model.get_parameter(name))]
-        assert group["lr_scale"] == scale and group["weight_decay"] == decay, name
-    optimizer = build_optimizer(groups, config, on_gpu=False)
-    set_lr(optimizer, config.lr, 0.25)
-    assert [g["lr"] for g in optimizer.param_groups] == [1e-3 * g["lr_scale"] * 0.25 for g in groups]
+        assert scales[name] == scale and decays[id(model.get_parameter(name))] == decay, name
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0])), min_size=1, max_size=6))
+def test_layers_in_one_tensor_are_updated_as_tensors_of_their_own(layers):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.nn.Parameter(torch.randn(sum(numel for numel, _ in layers) + 2, generator=generator))  # two that fill it up
+    starts = [sum(numel for numel, _ in layers[:i]) for i in range(len(layers))]
+    own = [torch.nn.Parameter(flat[s : s + n].detach().clone()) for s, (n, _) in zip(starts, layers, strict=True)]
+    ours = LayerwiseAdamW([{"params": [flat]}], lr=0.1, weight_decay=0.05, fused=True)
+    ours.assign((flat, start, numel, scale) for start, (numel, scale) in zip(starts, layers, strict=True))
+    theirs = torch.optim.AdamW(
+        [{"params": [p], "scale": scale} for p, (_, scale) in zip(own, layers, strict=True)], lr=0.1, weight_decay=0.05
+    )
+    filled = flat[-2:].detach().clone()
+    for step in range(4):
+        flat.grad = torch.randn(flat.shape, generator=generator)
+        for parameter, start in zip(own, starts, strict=True):
+            parameter.grad = flat.grad[start : start + len(parameter)].clone()
+        set_lr(ours, 0.1 / (step + 1))
+        for group in theirs.param_groups:
+            group["lr"] = 0.1 / (step + 1) * group["scale"]
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(flat.detach()[:-2], torch.cat([p.detach() for p in own]), rtol=1e-6, atol=1e-7)
+    assert torch.equal(flat[-2:].detach(), filled) and int(ours.state[flat]["step"]) == 4
 
 
 def factors(total: int, **keys) -> np.ndarray:

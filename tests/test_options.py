@@ -1,32 +1,23 @@
 """Frozen layers, Dice, label smoothing, class weights and averaged weights: real runs against one plain PyTorch loop."""
 
-import json
-import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from data.loader import TrainExamples, train_batches
 from data.mixture import Mixture
-from data.order import BatchPlan
-from model.segmenter import Segmenter, layer_id
+from model.segmenter import layer_id
 from model.weight_files import read_weights
-from tests.conftest import ROOT, Run, experiment, launched, train_environment, zero
+from tests.conftest import ROOT, Run, experiment, recorded_runs, zero
+from tests.plain import Plain, configuration, differences, fresh_model, plain_loop
 from train import TrainError
-from train.config import Config, load_config
-from train.loss import PixelLoss, class_weights
-from train.optim import build_optimizer, freeze, lr_factor, parameter_groups, set_lr
-from train.run import _build_model
+from train.config import load_config
+from train.optim import build_optimizer, freeze
 
 STEPS = 8
 SETTINGS = [
     f"schedule.steps={STEPS}", "schedule.warmup_steps=2", "optimizer.lr=1e-3", "checkpoint.every_steps=8",
-    "model.recompute=true", "model.dropout=0.1", "augment.scale=[0.5,2]", "augment.rotate_probability=0.5",
+    "model.recompute=blocks", "model.dropout=0.1", "augment.scale=[0.5,2]", "augment.rotate_probability=0.5",
     "loss.class_weights=none",
 ]  # fmt: skip
 OPTIONS = {
@@ -41,58 +32,9 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@dataclass
-class Plain:
-    """What one plain PyTorch loop over whole global batches has computed."""
-
-    initial: dict[str, Tensor]
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
-    losses: list[float] = field(default_factory=list)
-    final: dict[str, Tensor] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
-
-
-def configuration(shards: Path, settings: list[str]) -> Config:
-    path, *overrides = experiment(shards, Path("nowhere"), *SETTINGS, *settings)
-    return load_config(ROOT / path, overrides)
-
-
-def fresh_model(config: Config, data: Mixture) -> Segmenter:
-    torch.manual_seed(config.seed)
-    return _build_model(config, data)
-
-
-def plain_loop(shards: Path, settings: list[str]) -> Plain:
-    config = configuration(shards, settings)
-    data = Mixture.open(config.data.train)
-    model = fresh_model(config, data)
-    freeze(model, config.model.freeze)
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, on_gpu=False)
-    weights = class_weights(config.loss.class_weights, data.pixel_counts, data.label_set)
-    loss = PixelLoss(weights, data.label_set, config.loss.label_smoothing, config.loss.dice)
-    examples = TrainExamples(data, data.order(config.seed), config.model.image_size, config.augment)
-    plain = Plain({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    plain.average = {name: tensor.clone() for name, tensor in plain.initial.items()}
-    for step, (batch,) in enumerate(train_batches(examples, BatchPlan(8, 8, 0, 1), 0, STEPS, 0)):
-        set_lr(optimizer, config.optimizer.lr, lr_factor(step, STEPS, config.schedule))
-        value = loss.share(model(batch.images, batch.seeds), batch.labels, loss.totals(batch.pixel_counts))
-        optimizer.zero_grad()
-        value.backward()
-        if step == 0:
-            plain.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        plain.losses.append(value.item())
-        keep = min(config.ema.decay or 0, (1 + step) / (10 + step))
-        for name, weight in model.state_dict().items():
-            plain.average[name] = keep * plain.average[name] + (1 - keep) * weight
-    plain.final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return plain
-
-
 @pytest.fixture(scope="module")
 def plain(shards) -> dict[str, Plain]:
-    return {name: plain_loop(shards, settings) for name, settings in OPTIONS.items()}
+    return {name: plain_loop(shards, [*SETTINGS, *settings]) for name, settings in OPTIONS.items()}
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 3])
@@ -101,25 +43,15 @@ def runs(request, shards, tmp_path_factory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("runs")
     settings = [*SETTINGS, zero(request.param, folder)]
     jobs = {name: experiment(shards, folder / name, *settings, *options) for name, options in OPTIONS.items()}
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [*launched("tests.recorded_run", processes=2), str(folder / "jobs.json")]
-    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=270, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {name: Run(0, done.stdout, folder / name) for name in OPTIONS}
+    return recorded_runs(jobs, folder, processes=2)
 
 
 @pytest.mark.timeout(300)  # the first one waits for all of the stage's runs
 @pytest.mark.parametrize("option", OPTIONS)
 def test_trains_as_plain_pytorch(runs, plain, option):
-    run, expected = runs[option], plain[option]
-    gradients = torch.load(run.folder / "gradients.pt")
-    assert gradients.keys() == expected.gradients.keys()
-    largest = max(gradient.abs().max() for gradient in expected.gradients.values())
-    apart = max((gradients[name] - gradient).abs().max() for name, gradient in expected.gradients.items()) / largest
-    difference = np.abs(np.array(list(run.losses.values())) - expected.losses).max()
-    print(f"largest difference: gradients {apart:.1e} of the largest, losses {difference:.1e}")
-    assert apart < 1e-5
-    assert len(run.losses) == STEPS and difference < 2e-5
+    gradient, loss = differences(runs[option], plain[option])
+    print(f"largest difference: gradients {gradient:.1e} of the largest, losses {loss:.1e}")
+    assert gradient < 1e-5 and loss < 2e-5
 
 
 def test_what_is_frozen_keeps_its_weights(runs, plain):
@@ -168,13 +100,13 @@ def test_mistakes_are_named(override, message):
 
 
 def test_what_freezes(shards):
-    config = configuration(shards, [])
+    config = configuration(shards, SETTINGS)
     data = Mixture.open(config.data.train)
 
     def learning(what: str | int | None) -> set[int]:
         model = fresh_model(config, data)
         freeze(model, what)
-        groups = parameter_groups(model, config.optimizer)
+        groups = build_optimizer(model, config.optimizer).param_groups
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert grouped == {id(parameter) for parameter in named.values()}

@@ -23,6 +23,7 @@ from train.config import load_config
 
 RECIPES = {path.stem: path for path in sorted(Path("train/configs").glob("*.yaml"))}
 DEEPSPEED = {path.stem: path for path in sorted(Path("ds_configs").glob("*.json"))}
+RUNNABLE = [name for name in DEEPSPEED if name != "zero3_nvme"]  # which needs a disk and a library of its own
 LABEL_SETS = {"demo": "face19", "face": "face19", "lip": "lip20", "cihp": "cihp20", "goliath": "goliath28"}
 V1_SIZES, V2_SIZES = ("0.3b", "0.6b", "1b", "2b"), ("0.1b", "0.4b", "0.8b", "1b", "5b")
 # Small enough for a step in a tenth of a second; all else, and the deepspeed settings, are the recipe's.
@@ -128,10 +129,10 @@ def test_big_ones_recompute_and_shard_more():
         config = load_config(path, [])
         chosen.setdefault((config.deepspeed.stem, config.model.recompute), set()).add(config.model.arch)
     assert chosen == {
-        ("zero1", False): {"tiny", "sapiens_0.3b", "sapiens_0.6b", "sapiens2_0.1b", "sapiens2_0.4b"},
-        ("zero1", True): {"sapiens2_0.8b"},
-        ("zero2", True): {"sapiens_1b", "sapiens_2b", "sapiens2_1b"},
-        ("zero3", True): {"sapiens2_5b"},
+        ("zero1", "none"): {"tiny", "sapiens_0.3b", "sapiens_0.6b", "sapiens2_0.1b", "sapiens2_0.4b"},
+        ("zero1", "blocks"): {"sapiens2_0.8b"},
+        ("zero2", "blocks"): {"sapiens_1b", "sapiens_2b", "sapiens2_1b"},
+        ("zero3", "blocks"): {"sapiens2_5b"},
     }
 
 
@@ -143,7 +144,7 @@ def test_passes_the_check_with_all_deepspeed_settings(drawn, monkeypatch, recipe
         path, *overrides = command(recipe, deepspeed, drawn[label_set_of(recipe)])
         config = load_config(Path(path), overrides)
         settings = check(config, Mixture.open(config.data.train), ShardSet.open(config.data.val))
-        assert f"zero{settings['zero_optimization']['stage']}" == deepspeed
+        assert deepspeed.startswith(f"zero{settings['zero_optimization']['stage']}")
         assert settings["train_batch_size"] == config.global_batch_size
         assert settings["gradient_accumulation_steps"] * config.micro_batch_size * processes == config.global_batch_size
 
@@ -177,7 +178,7 @@ def runs(drawn, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
             recipe, deepspeed, drawn[label_set_of(recipe)], *SHRUNK, f"output_dir={out / recipe / deepspeed}",
             f"model.arch={'tiny2' if recipe.startswith('sapiens2') else 'tiny'}",
         )
-        for recipe, deepspeed in product(RECIPES, DEEPSPEED)
+        for recipe, deepspeed in product(RECIPES, RUNNABLE)
     }  # fmt: skip
     shares = []
     for i in range(2):
@@ -186,8 +187,7 @@ def runs(drawn, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
         with path.with_suffix(".jsonl").open("w") as output:  # not a pipe, which would fill up while the other is waited for
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.run_recipes", str(path)],
-                # A core for each half: LOCAL_SIZE is what train.engine divides the cores by.
-                cwd=ROOT, env=train_environment() | {"LOCAL_SIZE": "2"}, stdout=output,
+                cwd=ROOT, env=train_environment(), stdout=output,
             )  # fmt: skip
         shares.append(process)
     for process in shares:
@@ -198,7 +198,7 @@ def runs(drawn, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
 
 
 @pytest.mark.timeout(600)  # the first one waits for all of the runs, a minute on two free cores
-@pytest.mark.parametrize("name", [f"{recipe}-{deepspeed}" for recipe, deepspeed in product(RECIPES, DEEPSPEED)])
+@pytest.mark.parametrize("name", [f"{recipe}-{deepspeed}" for recipe, deepspeed in product(RECIPES, RUNNABLE)])
 def test_trains_two_steps(runs, name):
     code, output, folder = runs[name]
     assert code == 0, output
@@ -207,4 +207,4 @@ def test_trains_two_steps(runs, name):
     assert len(losses) == 2 and np.isfinite(losses).all() and min(losses) > 0
     classes = load_label_set(label_set_of(name.rsplit("-", 1)[0])).num_classes
     assert read_weights(folder / "model.safetensors")["decode_head.conv_seg.weight"].shape[0] == classes
-    assert f"ZeRO-{name[-1]}" in output
+    assert f"ZeRO-{name.rpartition('zero')[2][0]}" in output

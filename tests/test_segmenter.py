@@ -3,7 +3,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelError
@@ -160,36 +159,6 @@ def test_dropout_is_off_in_eval_and_needs_seeds_in_training():
     model.eval()
     assert torch.equal(model(images), model(images, torch.tensor([1, 2])))
     assert not torch.equal(model(images), trained)
-
-
-def kept_for_backward(model, images, seeds):
-    """Bytes of the tensors, but parameters, that a forward pass keeps; and the gradients of the backward pass."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # holding it keeps its address from being used again
-        return tensor
-
-    model.zero_grad()
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(images, seeds)
-    logits.square().mean().backward()
-    return sum(storage.nbytes() for storage in kept.values()), [p.grad.clone() for p in model.parameters()]
-
-
-def test_recomputation_keeps_less_and_gives_the_same_gradients():
-    model, images, seeds = build_tiny().train(), draw_images(2), torch.tensor([3, 4])
-    everything, expected = kept_for_backward(model, images, seeds)
-    model.set_grad_checkpointing()
-    less, gradients = kept_for_backward(model, images, seeds)
-    assert less < everything / 3
-    for mine, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
-    model.set_grad_checkpointing(False)
-    assert kept_for_backward(model, images, seeds)[0] == everything
 
 
 def test_bfloat16_rounds_the_pixels_once_and_not_the_constants():

@@ -7,6 +7,7 @@ continues the run from its last checkpoint. `--check` resolves and prints everyt
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from train.config import Config, load_config, training_order
 from train.loss import class_weights
 from train.track import record_error
 
+# Also as CUDA's own libraries tell it.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -39,9 +43,21 @@ def main() -> None:
     try:
         run(load_config(args.config, args.overrides), args.check)
     except (TrainError, DataError, ModelError) as error:
-        record_error(str(error))
-        rank = os.environ.get("RANK")
-        sys.exit(f"error: {error}" if rank is None else f"error: rank {rank}: {error}")
+        _leave(str(error))
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        first = (str(error) or "of the CPU").splitlines()[0]
+        _leave(
+            f"out of memory ({first}); lower micro_batch_size (TRAIN_BATCH_SIZE_PER_GPU: the global batch stays), set "
+            "model.recompute=blocks, or take a higher ZeRO stage or offload with deepspeed=ds_configs/..."
+        )
+
+
+def _leave(message: str) -> None:
+    record_error(message)
+    rank = os.environ.get("RANK")
+    sys.exit(f"error: {message}" if rank is None else f"error: rank {rank}: {message}")
 
 
 def run(config: Config, check_only: bool) -> None:
@@ -81,7 +97,7 @@ def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any
             f"augment.background_class: {config.augment.background_class} is no class of {train.label_set.name}, which has "
             f"0..{train.label_set.num_classes - 1}"
         )
-    checkpoint.source(config.output_dir, config.resume_from)
+    checkpoint.sources(config.output_dir, config.resume_from)
     if config.load_from and not config.load_from.startswith(HUB):
         try:
             read_metadata(locate_weights(config.load_from))

@@ -1,23 +1,25 @@
-"""Checkpoints that exist or do not: written beside, synced, then renamed."""
+"""Checkpoints that exist or do not: a folder step_N gets its name when all in it has been written and synced.
+
+    checkpoints/step_00001000/run.json                what the run was, and the other files with their checksums
+                              rank_00000.safetensors  pieces of the parameters, their moments and their average, by name
+
+Nothing in it depends on how many processes wrote it, or at which ZeRO stage: train.saving.
+"""
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
 
 from train import TrainError
+from train.track import log
 
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds; `locate` needs none of it
-    from deepspeed import DeepSpeedEngine
-
-    from train.ema import Ema
-
-META = "run.json"
-MAY_DIFFER = {"step", "total_steps", "origin"}
+META, UNFINISHED = "run.json", "unfinished_"
+MAY_DIFFER = {
+    "step", "total_steps", "updates", "loss_scale", "best_step", "best_miou", "origin", "world_size", "zero_stage", "bf16"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class RunState:
     """What a run must share with the checkpoint that it continues, and the one integer of its state."""
 
     step: int  # optimizer steps done; the data position is step * global_batch_size
+    updates: int  # those of them that AdamW has taken
+    loss_scale: float  # fp16's; else 1
+    best_step: int | None  # the best validation's
+    best_miou: float | None
     total_steps: int
     origin: dict  # the weights that the run started from
     world_size: int
@@ -44,111 +50,144 @@ class RunState:
     ema_decay: float | None
 
 
-def save(engine: "DeepSpeedEngine", folder: Path, state: RunState, keep: int, ema: "Ema | None" = None) -> Path:
-    """Write folder/step_N and remove all but the newest `keep`. Every rank must call it."""
-    final = folder / f"step_{state.step:08d}"
-    unfinished = folder / f"unfinished_{final.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while saving
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(folder, tag=unfinished.name, save_latest=False)
-    if ema:
-        ema.save(unfinished)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (unfinished / META).write_text(json.dumps(asdict(state), indent=1))
-        _sync(unfinished)
-        os.replace(unfinished, final)
-        _write_latest(folder, final.name)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+@dataclass(frozen=True)
+class Entry:
+    """One file of a checkpoint."""
+
+    bytes: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Entry":
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        return cls(path.stat().st_size, crc)
+
+
+def name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def read(path: Path) -> tuple[RunState, dict[str, Entry]]:
+    """A checkpoint's run.json. Raises FileNotFoundError, ValueError (it is no JSON), and TrainError for anything else."""
+    try:
+        found = json.loads((path / META).read_text())
+        return RunState(**found["run"]), {file: Entry(**entry) for file, entry in found["files"].items()}
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise TrainError(f"{path / META}: not readable: {error.strerror}") from None
+    except (TypeError, LookupError, AttributeError) as error:
+        what = f"{path / META}: of another version of this code: {error}"
+        raise TrainError(f"{what}; go on with that one, or start anew in another output_dir") from None
+
+
+def commit(unfinished: Path, state: RunState, files: dict[str, Entry]) -> Path:
+    """Make a folder whose files have been written a checkpoint. Raises OSError, also if the files are not seen from here."""
+    for file, entry in files.items():
+        if (unfinished / file).stat().st_size != entry.bytes:
+            raise OSError(f"{unfinished / file}: has another size than was written")
+    folder, final = unfinished.parent, unfinished.with_name(name(state.step))
+    for path in unfinished.iterdir():
+        if path.name not in files:
+            path.unlink()
+    meta = {"run": asdict(state), "files": {file: asdict(entry) for file, entry in files.items()}}
+    (unfinished / META).write_text(json.dumps(meta, indent=1))
+    sync(unfinished / META)
+    sync(unfinished)
+    shutil.rmtree(final, ignore_errors=True)  # one that was damaged: its steps were done again
+    os.replace(unfinished, final)
+    sync(folder)
     return final
 
 
-def find(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a run's checkpoint folder, if there is one."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
+def prune(folder: Path, keep: int, state: RunState) -> None:
+    """Remove all checkpoints but the newest `keep` and the best one, after that of `state` has been written.
+
+    Newer ones were passed over at the start, as damaged: they must not take the places of sound ones.
+    """
+    for old in [path for path in _complete(folder) if path.name <= name(state.step)][:-keep]:
+        if state.best_step is None or old.name != name(state.best_step):
+            doomed = old.with_name(f"{UNFINISHED}{old.name}")  # so that the next start removes it if this is killed
+            try:
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("%s: not removed: %s", old, error)
 
 
-def locate(path: Path) -> Path:
-    """The checkpoint that `resume_from` means: itself, or the newest of a run's. Raises TrainError if there is none."""
-    if (path / META).is_file():
-        return path
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What a run that was killed while saving has left."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        log.warning("%s: incomplete, removed", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's checkpoint folder, the newest first."""
+    return _complete(folder)[::-1]
+
+
+def locate(path: Path) -> list[Path]:
+    """The checkpoints that `resume_from` means: one itself, or a run's, the newest first. Raises TrainError for none."""
+    if (path / META).is_file() and _is_complete(path):
+        return [path]
     found = find(path / "checkpoints") or find(path)
-    if found is None:
+    if not found:
         raise TrainError(
             f"resume_from: {path} holds no complete checkpoint; name a run's output folder or one checkpoints/step_* in it"
         )
     return found
 
 
-def source(output_dir: Path, resume_from: Path | None) -> Path | None:
-    """The checkpoint to continue from: output_dir's own newest before the one that resume_from means; None for a new run.
+def sources(output_dir: Path, resume_from: Path | None) -> list[Path]:
+    """The checkpoints to continue from, in the order to try them: output_dir's own before those that resume_from means;
+    none for a new run.
 
-    Raises TrainError if resume_from means none, or an older one of output_dir: what came after it would be in the way.
+    Raises TrainError if output_dir's are all damaged, if resume_from means none, or an older one of output_dir: what came
+    after it would be in the way.
     """
     own = find(output_dir / "checkpoints")
-    given = locate(resume_from) if resume_from else None
-    if own and given and given.resolve() != own.resolve() and given.resolve().parent == own.resolve().parent:
+    if not own and any((output_dir / "checkpoints").glob("step_*")):
+        # Not a new run: it would write over what may still be saved.
+        raise TrainError(f"{output_dir / 'checkpoints'}: none of the checkpoints is complete; start anew in another output_dir")
+    given = locate(resume_from) if resume_from else []
+    if own and given and given[0].resolve() != own[0].resolve() and given[0].resolve().parent == own[0].resolve().parent:
         raise TrainError(
-            f"resume_from: {given} is not the newest of output_dir, which is {own.name}; to go back to it, give another "
+            f"resume_from: {given[0]} is not the newest of output_dir, which is {own[0].name}; to go back to it, give another "
             "output_dir, or remove what is newer"
         )
     return own or given
 
 
-def load(engine: "DeepSpeedEngine", checkpoint: Path, now: RunState, ema: "Ema | None" = None) -> RunState:
-    """Put the engine and the average into the checkpoint's state; returns `now` at its step. Every rank must call it.
-
-    Raises TrainError naming what differs, when the run could not go on as it was.
-    """
-    try:
-        then = RunState(**json.loads((checkpoint / META).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise TrainError(f"{checkpoint / META}: not readable: {error}; resume from another checkpoint") from None
-    may_differ = MAY_DIFFER | ({"world_size"} if now.zero_stage == 0 else set())
+def differences(then: RunState, now: RunState) -> list[str]:
+    """What keeps a run from going on as it was."""
     was, is_now = asdict(then), asdict(now)
-    differing = [f"{key} was {was[key]}, is {is_now[key]}" for key in was if key not in may_differ and was[key] != is_now[key]]
-    if differing:
-        raise TrainError(
-            f"{checkpoint}: cannot be resumed: {'; '.join(differing)}; "
-            "restore the setting, or start anew in another output_dir"
-        )
-    if then.step > now.total_steps:
-        raise TrainError(f"{checkpoint}: stands at step {then.step}, beyond the schedule's {now.total_steps}; lengthen it")
-    loaded, _ = engine.load_checkpoint(checkpoint.parent, tag=checkpoint.name)
-    if loaded is None:  # DeepSpeed says so and nothing more: the run would start over in silence
-        raise TrainError(f"{checkpoint}: DeepSpeed found nothing to load; resume from another checkpoint")
-    if ema:
-        ema.load(checkpoint)
-    return replace(now, step=then.step, origin=then.origin)
+    return [f"{key} was {was[key]}, is {is_now[key]}" for key in was if key not in MAY_DIFFER and was[key] != is_now[key]]
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"step_*/{META}"))
+    return sorted(path for path in folder.glob("step_*") if _is_complete(path))
 
 
-def _write_latest(folder: Path, name: str) -> None:
-    """DeepSpeed's own tools (zero_to_fp32.py) look the newest checkpoint up in `latest`; resuming does not need it."""
-    beside = folder / "latest.new"
-    beside.write_text(name)
-    _sync_path(beside)
-    os.replace(beside, folder / "latest")
-    _sync_path(folder)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync_path(path)
-    _sync_path(folder)
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_complete(path: Path) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _, files = read(path)
+        complete = all((path / file).stat().st_size == entry.bytes for file, entry in files.items())
+    except TrainError:  # which is a ValueError as well
+        raise
+    except (FileNotFoundError, ValueError):
+        complete = False
+    if not complete:
+        log.warning("%s: incomplete, passed over", path)
+    return complete

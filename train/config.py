@@ -63,7 +63,11 @@ class ModelConfig(Settings):
     rope_precision: Literal["bf16", "fp32"] = Field("bf16", description="Sapiens2's; bf16 is how it was pre-trained")
     dropout: Fraction = Field(0.1, description="of the head's channels")
     drop_path: Fraction = Field(0.0, description="stochastic depth: the last block's rate, growing from 0")
-    recompute: bool = Field(False, description="recompute every block in the backward pass: less memory, a third more work")
+    recompute: Literal["none", "head", "attention", "mlp", "blocks"] | Annotated[int, Field(gt=1, strict=True)] = Field(
+        "none",
+        description="activations to compute again in the backward pass instead of keeping them: the head's; also every "
+        "block's attention, or MLP; every block, or every n-th one",
+    )
     freeze: Literal["backbone"] | Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None, description="what does not learn: backbone, or the embeddings and so many of the first blocks; null: all learns"
     )
@@ -127,6 +131,12 @@ class CheckpointConfig(Settings):
     keep: PositiveInt = Field(2, description="the newest so many stay on disk")
 
 
+class GuardConfig(Settings):
+    skipped_in_a_row: int = Field(20, ge=0, description="so many steps without finite gradients are passed over before the end")
+    spike_after: PositiveInt = Field(50, description="steps whose losses have to be seen before one can stand out")
+    spike_deviations: PositiveFloat = Field(6.0, description="a loss so many standard deviations above the mean is told")
+
+
 class EvaluateConfig(Settings):
     every_steps: PositiveInt | None = Field(None, description="null: at the end only")
     batch_size: PositiveInt = Field(4, description="images for each GPU")
@@ -151,7 +161,9 @@ class Config(Settings):
     load_partial: bool = Field(False, description="draw anew what the file lacks of the backbone, instead of refusing it")
     load_classes: bool = Field(True, description="where classes differ, take the head's rows of those with the same name")
     deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="memory and communication settings")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    compile: bool = Field(False, description="torch.compile of every block; not with ZeRO-3")
+    timeout_minutes: PositiveFloat = Field(30, description="a collective that takes longer ends the run")
     global_batch_size: PositiveInt = Field(description="samples in one optimizer step, over all GPUs")
     micro_batch_size: PositiveInt = Field(description="samples a GPU holds at a time; accumulation follows")
     log_every: PositiveInt = 10
@@ -163,6 +175,7 @@ class Config(Settings):
     loss: LossConfig = LossConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     wandb: WandbConfig = WandbConfig()
 

@@ -1,47 +1,54 @@
 """The DeepSpeed JSON, filled from the experiment and checked: DeepSpeed itself drops `"auto"` and unknown keys in silence."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 from train import TrainError
 from train.config import Config
 
+SOUND = "0.19.4"  # the first version with right gradients: DeepSpeed#7718, #8224
 # What a file in ds_configs/ may hold: memory and communication. The rest is the experiment's.
 KNOWN_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor",
+    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
     "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state",
 }  # fmt: skip
 ELSEWHERE = {
     "optimizer": "set `optimizer` in the YAML",
     "scheduler": "set `schedule` in the YAML",
     "activation_checkpointing": "set `model.recompute` in the YAML",
-    "fp16": "use bf16 (`precision` in the YAML)",
     "amp": "use bf16 (`precision` in the YAML)",
 }
 
 
 def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`, without an "auto" left. Raises TrainError naming file, key and remedy."""
+    refuse_wrong_deepspeed(version("deepspeed"))
     path = config.deepspeed
     settings = _read(path)
     for key in settings:
         if key not in KNOWN_KEYS:
             raise TrainError(f"{path}: {key}: {ELSEWHERE.get(key, 'unknown key; known: ' + ', '.join(sorted(KNOWN_KEYS)))}")
-    for section in ("bf16", "torch_autocast", "data_types"):
+    for section in ("bf16", "fp16", "torch_autocast", "data_types"):
         if not isinstance(settings.get(section, {}), dict):
             raise TrainError(f'{path}: {section}: must be a section, as {{"enabled": "auto"}}')
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         settings.setdefault(key, "auto")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+    fp16 = config.precision == "fp16"
     values = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16.enabled": bf16,
+        "fp16.enabled": fp16,
         "torch_autocast.enabled": bf16,
     }
     for key, value in values.items():
@@ -53,7 +60,16 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
             holder[name] = value
         elif holder[name] != value:
             raise TrainError(f'{path}: {key}: {holder[name]} contradicts the experiment, which gives {value}; write "auto"')
-    _refuse_traps(path, settings, bf16, config.ema.decay is not None)
+    _refuse_traps(path, settings, bf16, fp16, on_gpu, config.ema.decay is not None)
+    if config.compile and stage(settings) == 3:
+        raise TrainError(f"compile: {path} is ZeRO stage 3, whose gathering of weights breaks every graph; use stage 2")
+    # By default DeepSpeed adds up and sends gradients in the weights' precision.
+    settings.setdefault("communication_data_type", "fp32")
+    if stage(settings) > 0:
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    # torch's fused AdamW steps what is offloaded as well, without the minutes that DeepSpeed's takes to compile.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    settings.setdefault("zero_allow_untested_optimizer", True)  # ours: train.optim
     return settings
 
 
@@ -84,7 +100,16 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, ema: bool) -> None:
+def refuse_wrong_deepspeed(installed: str) -> None:
+    """Raises TrainError for versions whose gradients are wrong."""
+    if Version(installed) < Version(SOUND):
+        raise TrainError(
+            f"deepspeed {installed}: its ZeRO-2 gradients are wrong in bf16 where a module runs twice in a step (0.17.6 to "
+            f"0.18.2: always); pip install 'deepspeed>={SOUND}'"
+        )
+
+
+def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, fp16: bool, on_gpu: bool, averaged: bool) -> None:
     left = _find_auto(settings)
     if left:
         raise TrainError(f'{path}: {", ".join(left)}: "auto" cannot be filled here; write a value')
@@ -97,8 +122,22 @@ def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, ema: bool) -
         raise TrainError(f"{path}: data_types: DeepSpeed has none of it at ZeRO stage 0; remove it")
     if bf16 and not half and not autocast:
         raise TrainError(f'{path}: bf16: missing, but precision is bf16; add "bf16": {{"enabled": "auto"}}')
-    if ema and settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
-        raise TrainError(f"{path}: offload_param: weights on NVMe cannot be averaged; offload to cpu, or set ema.decay=null")
+    if fp16 and not on_gpu:
+        raise TrainError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if fp16 and (stage(settings) == 0 or not settings.get("fp16", {}).get("enabled", False)):
+        raise TrainError(f'{path}: fp16: not there, or at ZeRO stage 0; use stage 1, 2 or 3 with "fp16": {{"enabled": "auto"}}')
+    zero = settings["zero_optimization"]
+    offload = {key: zero.get(key) or {} for key in ("offload_param", "offload_optimizer")}
+    if offload["offload_param"].get("device") == "nvme":
+        raise TrainError(f"{path}: offload_param: checkpoints cannot take weights from NVMe; offload them to cpu")
+    if offload["offload_optimizer"].get("device") == "nvme":
+        if stage(settings) < 3 or not offload["offload_optimizer"].get("nvme_path"):
+            raise TrainError(f"{path}: offload_optimizer: NVMe needs an nvme_path, and ZeRO stage 3")
+        if averaged:
+            raise TrainError(f"{path}: offload_optimizer: an average (ema.decay) needs the weights in memory; offload to cpu")
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if settings.get(section, {}).get(key) is False:
+            raise TrainError(f"{path}: {section}.{key}: without it nobody sees gradients that are not finite; remove it")
 
 
 def _find_auto(value: Any, key: str = "") -> list[str]:

@@ -1,26 +1,28 @@
 """The run: from an engine and shards to a trained model."""
 
-import math
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from data.loader import Batch, TrainExamples, train_batches
 from data.mixture import Mixture
 from data.order import BatchPlan, Order
 from data.shards import ShardSet
-from model.segmenter import Segmenter
 from model.weight_files import save_safetensors
-from train import TrainError, checkpoint
+from train import TrainError
 from train.checkpoint import RunState
 from train.config import Config
 from train.ema import Ema, averaged
 from train.engine import DeepSpeedEngine, Job, gather_weights
 from train.evaluate import evaluate, report
+from train.guard import Guard
+from train.interrupt import Interrupt
 from train.loss import PixelLoss
 from train.optim import lr_factor, set_lr
+from train.saving import Saver
 from train.track import Tracker, log
 
 
@@ -43,127 +45,168 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], loss: PixelL
     return job.sum(total.item())[0]
 
 
-def fit(
-    engine: DeepSpeedEngine,
-    config: Config,
-    settings: dict,
-    train: Mixture,
-    order: Order,
-    val: ShardSet | None,
-    loss: PixelLoss,
-    state: RunState,
-    job: Job,
-    ema: Ema | None,
-) -> None:
-    """Train from `state.step` to the end; evaluate, save and export on the way. Every rank must call it.
+@dataclass
+class Training:
+    """A run from an engine and shards to a trained model. Every rank must make the same calls.
 
     With an average of the weights, it is what is evaluated and exported; they themselves go to model_raw.safetensors.
     """
-    plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
-    examples = TrainExamples(train, order, config.model.image_size, config.augment)
-    tracker = Tracker(config, state.step, state.total_steps, settings) if job.is_main else None
-    batches = train_batches(
-        examples, plan, state.step, state.total_steps, config.data.workers, config.data.max_bad_fraction, job.on_gpu
-    )
-    engine.train()
-    for step, micro_batches in enumerate(batches, start=state.step):
-        factor = lr_factor(step, state.total_steps, config.schedule)
-        set_lr(engine.optimizer, config.optimizer.lr, factor)
-        value = train_step(engine, micro_batches, loss, job)
-        norm = engine.get_global_grad_norm()  # before clipping; None at stage 0
-        _refuse_non_finite(step, value, norm, engine.skipped_steps, micro_batches)
-        if ema:
-            ema.update(step)
-        done = step + 1
-        if tracker:
-            tracker.bar.update()
-        if tracker and (done % config.log_every == 0 or done == state.total_steps):
-            values = {"loss": value, "lr": config.optimizer.lr * factor}
-            tracker.train(step, values if norm is None else values | {"gradient_norm": float(norm)})
-        if val and config.evaluate.every_steps and done % config.evaluate.every_steps == 0 and done < state.total_steps:
-            with averaged(ema):
-                _validate(engine, config, val, done, tracker, job)
-        if done % config.checkpoint.every_steps == 0 or done == state.total_steps:
-            _save(engine, config, replace(state, step=done), job, ema)
-    with averaged(ema):
-        text = _validate(engine, config, val, state.total_steps, tracker, job) if val else ""
-        path = _export(engine, config, train, state, "model.safetensors", config.ema.decay)
-    raw_path = _export(engine, config, train, state, "model_raw.safetensors", None) if ema else None
-    if job.is_main:
-        tracker.finish()
-        log.info("\n%s\nmodel          %s", text, path)
-        if raw_path:
-            log.info("not averaged   %s", raw_path)
-        if val and config.evaluate.pictures:
-            log.info("contact sheet  %s", _sheet_path(config, state.total_steps))
 
+    engine: DeepSpeedEngine
+    config: Config
+    settings: dict  # DeepSpeed's
+    train: Mixture
+    order: Order
+    val: ShardSet | None
+    loss: PixelLoss
+    state: RunState
+    ema: Ema | None
+    saver: Saver
+    interrupt: Interrupt
+    job: Job
 
-def _refuse_non_finite(step: int, loss: float, norm: float | None, skipped: int, batches: list[Batch]) -> None:
-    """Raises TrainError. DeepSpeed passes over a step with such gradients in silence, and at stage 0 it takes it."""
-    if math.isfinite(loss) and (norm is None or math.isfinite(norm)) and not skipped:
-        return
-    keys = ", ".join(key for batch in batches for key in batch.keys)
-    raise TrainError(
-        f"step {step}: loss {loss}, gradient norm {norm}: not finite (this rank's samples: {keys}); lower optimizer.lr, "
-        "then start again to continue from the last checkpoint"
-    )
+    def fit(self) -> bool:
+        """Train from `state.step` to the end; evaluate, save and export on the way. False: interrupted, and saved."""
+        config, total, job = self.config, self.state.total_steps, self.job
+        plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
+        examples = TrainExamples(self.train, self.order, config.model.image_size, config.augment)
+        batches = train_batches(
+            examples, plan, self.state.step, total, config.data.workers, config.data.max_bad_fraction, job.on_gpu
+        )
+        self.tracker = Tracker(config, self.state.step, total, self.settings) if job.is_main else None
+        guard = Guard(config.guard)
+        due = False
+        self.engine.train()
+        for step, micro_batches in enumerate(batches, start=self.state.step):
+            stop, writing = job.sum(self.interrupt.requested, self.saver.writing)
+            self.saver.commit_when_written(writing)
+            if stop:
+                self._leave(guard)
+                return False
+            lr = config.optimizer.lr * lr_factor(step, total, config.schedule)
+            set_lr(self.engine.optimizer, lr)
+            value = train_step(self.engine, micro_batches, self.loss, job)
+            norm = float(self.engine.get_global_grad_norm())  # before clipping
+            try:
+                guard.look(step, value, norm, self.engine.skipped_steps, micro_batches)
+            except TrainError:  # on all ranks
+                self.saver.finish()
+                raise
+            if self.ema:
+                self.saver.wait_until_copied()  # a step that was passed over has not
+                self.ema.update(step)
+            self._record(step, {"loss": value, "lr": lr, "gradient_norm": norm, "skipped_steps": guard.skipped})
+            self.state = replace(self.state, step=step + 1)
+            better = step + 1 < total and self._is_due(config.evaluate.every_steps) and self._validate_for_best()
+            due = due or better or self._is_due(config.checkpoint.every_steps) or step + 1 == total
+            if due and guard.in_a_row == 0:  # else it may be too late already: a start from there would end as this one
+                self.saver.save(self.state)
+                due = False
+        self._end()
+        return True
 
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
 
-def _validate(
-    engine: DeepSpeedEngine, config: Config, val: ShardSet, step: int, tracker: Tracker | None, job: Job
-) -> str:
-    engine.eval()
-    scores, rows = evaluate(
-        engine, val, config.model.image_size, job.device, config.evaluate.batch_size, config.data.workers,
-        config.evaluate.pictures if job.is_main else 0, config.augment.keep_aspect, job.rank, job.world_size,
-    )  # fmt: skip
-    engine.train()
-    if tracker is None:
-        return ""
-    try:
-        text, sheet = report(scores, rows, val, _sheet_path(config, step))
-    except OSError as error:
-        log.warning("%s: contact sheet not written: %s", _sheet_path(config, step), error)
-        text, sheet = report(scores, [], val, _sheet_path(config, step))
-    per_class = {f"iou/{name}": iou for name, iou in zip(val.label_set.classes, scores.iou.tolist(), strict=True)}
-    means = {"miou": scores.miou, "macc": scores.mean_accuracy, "aacc": scores.pixel_accuracy}
-    tracker.validation(step, means | per_class, sheet)
-    log.info("step %d  validation mIoU %.4f", step, scores.miou)
-    return text
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        if self.tracker:
+            self.tracker.bar.update()
+            if (step + 1) % self.config.log_every == 0 or step + 1 == self.state.total_steps:
+                self.tracker.train(step, values)
+
+    def _leave(self, guard: Guard) -> None:
+        """Raises TrainError if that cannot be saved."""
+        self.saver.finish()
+        if self.saver.last_step != self.state.step and guard.in_a_row == 0:
+            self.saver.save(self.state)
+            self.saver.finish()
+            if self.saver.failed:
+                raise TrainError(f"asked to leave after step {self.state.step}, which could not be saved: {self.saver.failed}")
+        if self.tracker:
+            self.tracker.finish()
+            reason = self.interrupt.reason or "another process was asked to"
+            there = f"after step {self.state.step}: {reason}; the same command goes on from step {self.saver.last_step}"
+            log.info("stops %s", there)
+
+    def _end(self) -> None:
+        self.saver.finish()
+        with averaged(self.ema):
+            text, better = self._validate() if self.val else ("", False)
+            path = self._export("model.safetensors", self.config.ema.decay)
+            if better and self.config.evaluate.every_steps:
+                self._export("model_best.safetensors", self.config.ema.decay)
+        raw_path = self._export("model_raw.safetensors", None) if self.ema else None
+        if self.tracker:
+            self.tracker.finish()
+            log.info("\n%s\nmodel          %s", text, path)
+            if raw_path:
+                log.info("not averaged   %s", raw_path)
+            if self.state.best_step:
+                log.info("best so far    step %d, mIoU %.4f", self.state.best_step, self.state.best_miou)
+            if self.val and self.config.evaluate.pictures:
+                log.info("contact sheet  %s", _sheet_path(self.config, self.state.total_steps))
+
+    def _validate_for_best(self) -> bool:
+        """Validate; whether the model is the best so far, which is exported then."""
+        if not self.val:
+            return False
+        with averaged(self.ema):
+            _, better = self._validate()
+            if better:
+                try:
+                    self._export("model_best.safetensors", self.config.ema.decay)
+                except TrainError as error:  # of rank 0 alone; the run matters more
+                    log.error("%s", error)
+        return better
+
+    def _validate(self) -> tuple[str, bool]:
+        """The scores' text on rank 0, and whether the mIoU is the best so far."""
+        config, job, step = self.config, self.job, self.state.step
+        self.engine.eval()
+        scores, rows = evaluate(
+            self.engine, self.val, config.model.image_size, job.device, config.evaluate.batch_size, config.data.workers,
+            config.evaluate.pictures if job.is_main else 0, config.augment.keep_aspect, job.rank, job.world_size,
+        )  # fmt: skip
+        self.engine.train()
+        better = scores.miou > (-1 if self.state.best_miou is None else self.state.best_miou)
+        if better:
+            self.state = replace(self.state, best_step=step, best_miou=scores.miou)
+        if self.tracker is None:
+            return "", better
+        try:
+            text, sheet = report(scores, rows, self.val, _sheet_path(config, step))
+        except OSError as error:
+            log.warning("%s: contact sheet not written: %s", _sheet_path(config, step), error)
+            text, sheet = report(scores, [], self.val, _sheet_path(config, step))
+        per_class = {f"iou/{name}": iou for name, iou in zip(self.val.label_set.classes, scores.iou.tolist(), strict=True)}
+        means = {"miou": scores.miou, "macc": scores.mean_accuracy, "aacc": scores.pixel_accuracy}
+        self.tracker.validation(step, means | per_class, sheet)
+        log.info("step %d  validation mIoU %.4f", step, scores.miou)
+        return text, better
+
+    def _export(self, name: str, ema_decay: float | None) -> Path:
+        """Write the weights that the model has now to `name` in the output folder. Raises TrainError if that fails."""
+        path, weights = self.config.output_dir / name, gather_weights(self.engine)
+        try:
+            if weights:  # rank 0
+                save_safetensors(path, weights, self._metadata() | {"ema_decay": ema_decay})
+        except (OSError, SafetensorError) as error:
+            raise TrainError(f"{path}: cannot be written: {error}; make room, then start again to continue") from None
+        return path
+
+    def _metadata(self) -> dict:
+        return {
+            **self.engine.module.describe(),
+            "keep_aspect": self.config.augment.keep_aspect,
+            "label_set": self.train.label_set.to_dict(),
+            "origin": self.state.origin,
+            "step": self.state.step,
+            "revision": _revision(),
+        }
 
 
 def _sheet_path(config: Config, step: int) -> Path:
     return config.output_dir / "pictures" / f"step_{step:08d}.png"
-
-
-def _save(engine: DeepSpeedEngine, config: Config, state: RunState, job: Job, ema: Ema | None) -> None:
-    if state.zero_stage == 0 and not all(p.isfinite().all() for p in engine.module.parameters()):
-        # Stage 0 tells no gradient norm, and a checkpoint of such weights would end every later start.
-        raise TrainError(f"step {state.step}: weights are not finite; lower optimizer.lr, then start again")
-    path = checkpoint.save(engine, config.output_dir / "checkpoints", state, config.checkpoint.keep, ema)
-    if job.is_main:
-        log.info("step %d  checkpoint %s", state.step, path)
-
-
-def _export(
-    engine: DeepSpeedEngine, config: Config, train: Mixture, state: RunState, name: str, ema_decay: float | None
-) -> Path:
-    """Write the weights that the model has now to `name` in the output folder. Every rank must call it."""
-    path, weights = config.output_dir / name, gather_weights(engine)
-    if weights:  # rank 0
-        save_safetensors(path, weights, _metadata(engine.module, config, train, state) | {"ema_decay": ema_decay})
-    return path
-
-
-def _metadata(model: Segmenter, config: Config, train: Mixture, state: RunState) -> dict:
-    return {
-        **model.describe(),
-        "keep_aspect": config.augment.keep_aspect,
-        "label_set": train.label_set.to_dict(),
-        "origin": state.origin,
-        "step": state.total_steps,
-        "revision": _revision(),
-    }
 
 
 def _revision() -> str:

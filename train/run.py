@@ -1,8 +1,11 @@
 """From a checked experiment to a running one: job, model, weights, engine, checkpoint."""
 
+import fcntl
 import hashlib
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ import yaml
 from data.mixture import Mixture
 from data.order import Order
 from data.shards import ShardSet
+from model.recompute import recompute
 from model.segmenter import Segmenter, build_segmenter
 from model.weight_files import HUB
 from model.weights import load_weights
@@ -19,9 +23,12 @@ from train.checkpoint import RunState
 from train.config import Config, training_order
 from train.ema import Ema
 from train.engine import Job, build_engine, join_job
-from train.loop import fit
+from train.interrupt import INTERRUPTED, Interrupt
+from train.loop import Training
 from train.loss import PixelLoss, class_weights
-from train.optim import freeze
+from train.masters import Masters
+from train.optim import freeze, lr_scales
+from train.saving import Saver
 from train.track import log, start_logging
 
 
@@ -32,9 +39,11 @@ def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSe
         start_logging(config.output_dir, job.rank)
     except OSError as error:
         raise TrainError(f"output_dir: {config.output_dir} cannot be written: {error.strerror}; choose another") from None
+    claimed = _claim(config.output_dir) if job.is_main else None
     torch.manual_seed(config.seed)  # the same fresh weights on every rank
+    interrupt = Interrupt(config.output_dir, job.is_main)
     model = _build_model(config, train)
-    resume = _resume_point(config)
+    resume = _resume_points(config)
     origin: dict[str, Any] = {}
     if config.load_from and not resume:
         report = load_weights(model, config.load_from, train.label_set.classes, config.load_partial, config.load_classes)
@@ -44,29 +53,65 @@ def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSe
             "licence": report.licence,
         }
         log.info("%s", report.summary())
-    model.set_grad_checkpointing(config.model.recompute)
+    recompute(model, config.model.recompute)
+    if config.compile:
+        for block in model.backbone.blocks:
+            block.compile()
     freeze(model, config.model.freeze)
     if config.model.freeze is not None and not config.load_from and not resume:
         log.warning("model.freeze without load_from: what is frozen keeps its random weights")
-    engine = build_engine(model, config, settings, job)
-    ema = Ema(engine, config.ema.decay) if config.ema.decay is not None else None
+    scales = lr_scales(model, config.optimizer)
+    engine = build_engine(model, config, settings)
+    masters = Masters(engine, scales)
+    ema = Ema(masters, config.ema.decay) if config.ema.decay is not None else None
+    saver = Saver(config.output_dir / "checkpoints", masters, ema, config.checkpoint.keep, job)
     order = training_order(config, train)
     state = _fresh_state(model, config, settings, train, order, origin, job)
     if resume:
-        state = checkpoint.load(engine, resume, state, ema)
-        log.info("resumed at step %d from %s", state.step, resume)
-        if config.resume_from and not resume.resolve().is_relative_to(config.resume_from.resolve()):
+        path, state = saver.restore(resume, state)
+        log.info("resumed at step %d from %s", state.step, path)
+        if config.resume_from and not path.resolve().is_relative_to(config.resume_from.resolve()):
             log.info("resume_from is passed over: output_dir has checkpoints of its own")
         if config.load_from:
             log.info("load_from is passed over: the checkpoint has the weights")
     if job.is_main:
-        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        try:
+            (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            log.warning("%s: not written: %s", config.output_dir / "config.yaml", error)
         log.info("%s", _headline(config, train, val, settings, state, job))
     weights = class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
     loss = PixelLoss(weights, train.label_set, config.loss.label_smoothing, config.loss.dice)
-    fit(engine, config, settings, train, order, val, loss, state, job, ema)
+    training = Training(engine, config, settings, train, order, val, loss, state, ema, saver, interrupt, job)
+    try:
+        done = training.fit()
+    except RuntimeError as error:
+        if interrupt.a_fellow_is_gone():
+            raise TrainError("another process of the run has ended; its error stands above, or in log.txt") from error
+        raise
     dist.barrier()  # the others wait for rank 0's export, else the launcher takes their leaving for the end
+    interrupt.leaving()
     dist.destroy_process_group()
+    if claimed:
+        claimed.close()
+    if not done:
+        sys.exit(INTERRUPTED)
+
+
+def _claim(output_dir: Path) -> IO | None:
+    """Keeps other runs out of the folder for as long as it is open. Raises TrainError if one is at work."""
+    deadline = time.monotonic() + 15  # seconds: workers of a run that was killed hold its lock until they notice
+    while True:
+        try:
+            file = (output_dir / ".lock").open("w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TrainError(f"output_dir: another run is at work in {output_dir}; end it, or choose another") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return None
 
 
 def _build_model(config: Config, train: Mixture) -> Segmenter:
@@ -77,9 +122,12 @@ def _build_model(config: Config, train: Mixture) -> Segmenter:
     )  # fmt: skip
 
 
-def _resume_point(config: Config) -> Path | None:
-    """The checkpoint to continue from, the same on all ranks: this output folder's own before `resume_from`."""
-    found = [checkpoint.source(config.output_dir, config.resume_from) if dist.get_rank() == 0 else None]
+def _resume_points(config: Config) -> list[Path]:
+    """The checkpoints to continue from, the same on all ranks: see checkpoint.sources."""
+    found: list = [None]
+    if dist.get_rank() == 0:
+        checkpoint.remove_unfinished(config.output_dir / "checkpoints")
+        found = [checkpoint.sources(config.output_dir, config.resume_from)]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -89,6 +137,10 @@ def _fresh_state(
 ) -> RunState:
     return RunState(
         step=0,
+        updates=0,
+        loss_scale=1,
+        best_step=None,
+        best_miou=None,
         total_steps=config.total_steps(order.epoch_length),
         origin=origin,
         world_size=job.world_size,
@@ -116,6 +168,8 @@ def _headline(config: Config, train: Mixture, val: ShardSet | None, settings: di
         f"{len(val) if val else 0} validation images\n"
         f"{job.world_size} x {job.device.type}, ZeRO-{state.zero_stage}, batch {config.global_batch_size} = "
         f"{config.micro_batch_size} x {job.world_size} x {settings['gradient_accumulation_steps']} accumulated; "
+        f"gradients added up in {settings.get('data_types', {}).get('grad_accum_dtype', 'fp32')}, "
+        f"sent in {settings['communication_data_type']}; "
         f"steps {state.step}..{state.total_steps}; output {config.output_dir}"
     )
 

@@ -23,6 +23,7 @@ def start_logging(output_dir: Path, rank: int) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     console, file = _Console(), logging.FileHandler(output_dir / "log.txt")
+    file.handleError = lambda record: None  # of a full disk: else a traceback for each line
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
     log.handlers = [file] if rank else [console, file]
     logging.getLogger("DeepSpeed").addHandler(file)
@@ -31,6 +32,8 @@ def start_logging(output_dir: Path, rank: int) -> None:
     def crashed(kind: type[BaseException], error: BaseException, trace) -> None:
         file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "crashed", (), (kind, error, trace)))
         sys.__excepthook__(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)  # at the end of the interpreter a collective may still be waited for
 
     sys.excepthook = crashed
 
@@ -57,7 +60,10 @@ class Tracker:
     def __init__(self, config: Config, first_step: int, total_steps: int, settings: dict) -> None:
         self.config, self.total_steps = config, total_steps
         self.metrics_path = config.output_dir / "metrics.jsonl"
-        _drop_after(self.metrics_path, first_step)
+        try:
+            _drop_after(self.metrics_path, first_step)
+        except OSError as error:
+            log.warning("%s: steps that are done again stand there twice: %s", self.metrics_path, error)
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True
         )  # disable=None: a bar on a terminal, plain lines elsewhere
@@ -72,6 +78,8 @@ class Tracker:
         values["images_per_second"] = rate * self.config.global_batch_size
         eta = _clock((self.total_steps - step - 1) / rate)
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s"
+        if values["skipped_steps"]:
+            text += f"  {values['skipped_steps']} steps passed over"
         self.bar.set_postfix_str(text, refresh=False)
         log.info("step %d/%d  %s  ETA %s", step + 1, self.total_steps, text, eta, extra={"on_bar": True})
         self._record(step, {f"train/{key}": value for key, value in values.items()})

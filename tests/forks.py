@@ -1,0 +1,81 @@
+"""Training runs as forks of a process that has imported everything, which takes longer than most of the tests' runs."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+
+import train.run  # noqa: F401  the slow imports
+from train.__main__ import run
+from train.config import load_config
+
+torch.compile(abs)  # imports what DeepSpeed needs at its start; compiles nothing
+
+
+def start(job: list[str], world: int, output: int) -> list[int]:
+    """Begin a run of `world` processes that print to the file descriptor `output`; each leads a process group of its own.
+
+    job: the config, and what overrides it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config, *overrides = job
+    processes = []
+    for rank in range(world):
+        process = os.fork()
+        if process == 0:
+            os.setpgid(0, 0)  # with its loader's workers
+            # A process alone takes one core as well: LOCAL_SIZE is what train.engine divides them by.
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": max(world, 2), "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = 1
+            try:
+                run(load_config(Path(config), overrides), check_only=False)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        os.setpgid(process, process)  # whoever comes first
+        processes.append(process)
+    return processes
+
+
+def kill(processes: list[int]) -> None:
+    for process in processes:
+        os.killpg(process, signal.SIGKILL)
+    for process in processes:
+        os.waitpid(process, 0)
+
+
+def finish(processes: list[int], seconds: float) -> int:
+    """The first exit code that is not 0, if any, after which the others are killed; 124 if they take longer."""
+    deadline, left, code = time.monotonic() + seconds, list(processes), 0
+    while left and code == 0:
+        if time.monotonic() > deadline:
+            code = 124
+        for process in list(left):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                left.remove(process)
+                code = code or os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    kill(left)
+    return code
+
+
+def attempt(job: list[str], world: int = 1) -> tuple[int, str]:
+    """A run's exit code, and what it printed."""
+    with TemporaryFile("w+") as output:
+        code = finish(start(job, world, output.fileno()), seconds=120)
+        output.seek(0)
+        return code, output.read()
