@@ -103,7 +103,7 @@ def _claim(output_dir: Path) -> IO | None:
     deadline = time.monotonic() + 15  # seconds: workers of a run that was killed hold its lock until they notice
     while True:
         try:
-            file = (output_dir / ".lock").open("w")
+            file = (output_dir / "log.txt").open("a")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
