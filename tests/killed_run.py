@@ -71,7 +71,7 @@ def main() -> None:
         while steps_logged(folder) < enough or (where in marks and not any(folder.glob(marks[where]))):
             assert time.monotonic() - before < 60, "no progress"
             time.sleep(0.003)
-        time.sleep(draw.uniform(0, 3) if where == "start" else draw.uniform(0, 0.05 if where in marks else 0.4))
+        time.sleep(draw.uniform(0, {"start": 3, "step": 0.4, "evaluation": 0.05, "saving": 0.01}[where]))
         kill(processes)
         found = {mark: [path.name for path in folder.glob(pattern)] for mark, pattern in marks.items()}
         print(json.dumps({"world": world, "where": where, "seconds": round(time.monotonic() - before, 2), **found}), flush=True)
