@@ -25,6 +25,7 @@ from data.render import IMAGE_FILL, render, resize_for_validation
 from data.shards import RawSample, ShardSet
 
 PREFETCH = 4  # batches under way for each worker
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 log = logging.getLogger("data")
 
@@ -106,7 +107,8 @@ def train_batches(
 ) -> Iterator[list[Batch]]:
     """For each optimizer step in [first_step, last_step): this rank's micro batches.
 
-    A sample that cannot be read or decoded is logged by name and shown as nothing (wholly ignored).
+    A sample that cannot be read or decoded is logged by name and shown as nothing (wholly ignored). Close it
+    (`contextlib.closing`) if it may be left early: a process waits at its end for workers that were not told to go.
 
     Raises:
         DataError: more than `max_bad_fraction` of the samples are bad.
@@ -241,7 +243,10 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):  # else one whose trainer was killed may wait forever to hand over its batch, with the run's lock
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # glibc gives each freed image back to the system, and the pages of the next one are cleared anew: up to 5 ms an image.
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)

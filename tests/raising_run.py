@@ -1,4 +1,4 @@
-"""python -m tests.raising_run: as python -m train, but rank 1 raises in optimizer step 5."""
+"""python -m tests.raising_run: as python -m train, but the last rank raises in optimizer step 5."""
 
 import train.loop
 from train.__main__ import main
@@ -7,7 +7,7 @@ train_step = train.loop.train_step
 
 
 def step(engine, *arguments: object) -> float:
-    if engine.global_rank == 1 and engine.global_steps == 5:
+    if engine.global_rank == engine.world_size - 1 and engine.global_steps == 5:
         raise ValueError("broken on purpose")
     return train_step(engine, *arguments)
 

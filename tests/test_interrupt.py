@@ -112,8 +112,9 @@ def test_a_rank_that_is_killed_ends_the_run(start, whom):
     assert "another process of the run has ended" in log + run.output, run.output
 
 
-def test_a_rank_that_raises_ends_the_run_and_is_heard_first(shards, tmp_path):
-    command = [*launched("tests.raising_run", 2), "--config", *experiment(shards, tmp_path, *LONG)]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_rank_that_raises_ends_the_run_and_is_heard_first(shards, tmp_path, processes):
+    command = [*launched("tests.raising_run", processes), "--config", *experiment(shards, tmp_path, *LONG)]
     done = subprocess.run(
         command, cwd=ROOT, env=train_environment(), text=True, timeout=90, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -34,6 +34,7 @@ for _ in range(40):
     next(batches)
 workers = [peak(child.pid) for child in multiprocessing.active_children()]
 print(seconds, peak(), *workers)
+batches.close()
 """
 
 

@@ -3,6 +3,7 @@ import io
 import json
 import random
 import shutil
+import signal
 import tarfile
 import time
 
@@ -16,6 +17,7 @@ from data.loader import TrainExamples, ValidationExamples, train_batches, valida
 from data.mixture import Mixture, MixtureEntry
 from data.order import BatchPlan
 from data.shards import ShardSet
+from tests.conftest import python
 
 SIZE = (48, 32)
 
@@ -118,6 +120,18 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
     with pytest.raises(DataError, match=f"shard-000001.tar.*{key}.*damaged.*build the shards again") as caught:
         list(train_batches(train_examples(tmp_path / "train"), BatchPlan(31, 31, 0, 1), 0, 1, workers))
     assert "\n" not in str(caught.value)
+
+
+def test_workers_die_with_their_process(shards):
+    """Though what they have made fills the pipe to it: they would wait for room for ever, and hold its files open."""
+    program = (
+        "import os, signal, sys, time; from pathlib import Path; from data.order import BatchPlan\n"
+        "from tests.test_loader import train_batches, train_examples\n"
+        "batches = train_batches(train_examples(Path(sys.argv[1])), BatchPlan(512, 512, 0, 1), 0, 9, 2)\n"
+        "next(batches); time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = python("-c", program, shards / "train", timeout=60)  # returns when nobody has its output open any more
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_few_bad_samples_are_named_and_shown_as_nothing(shards, tmp_path, caplog):
