@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
@@ -99,6 +100,14 @@ def _limit_collectives(minutes: float) -> None:
     limit = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout  # its name until torch 2.14
     for group in list(distributed_c10d._world.pg_map):
         limit(timedelta(minutes=minutes), group)
+
+
+def forget_gradients(engine: DeepSpeedEngine) -> None:
+    """To be called after each optimizer step. A step that ZeRO-1 and 2 pass over with the optimizer offloaded would else leave
+    its sums of gradients, which are not finite, for the next step to add to: all others would be passed over as well."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None
 
 
 def gather_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from train import TrainError
 from train.checkpoint import RunState
 from train.config import Config
 from train.ema import Ema, averaged
-from train.engine import DeepSpeedEngine, Job, gather_weights
+from train.engine import DeepSpeedEngine, Job, forget_gradients, gather_weights
 from train.evaluate import evaluate, report
 from train.guard import Guard
 from train.interrupt import Interrupt
@@ -42,6 +42,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], loss: PixelL
         engine.backward(share * factor)
         engine.step()
         total += share.detach()
+    forget_gradients(engine)
     return job.sum(total.item())[0]
 
 
