@@ -76,6 +76,7 @@ def main() -> None:
             lost.append(time.monotonic() - started - steps * alone[-1])
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e9
     finally:
+        saver.remover.join()
         shutil.rmtree(folder)
     both, usual = (statistics.median(waited), statistics.median(stalled)), statistics.median(alone)
     print(f"{args.arch}, ZeRO-{args.stage}, {size:.2f} GB a checkpoint, {usual:.2f} s a step; medians of {ROUNDS}")

@@ -73,6 +73,7 @@ WORLD_SIZE=$processes python -m train --check "${arguments[@]}" >/dev/null
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 started=$(mktemp)
+told=$(wc -l "$OUTPUT_DIR/log.txt" 2>/dev/null | cut -d ' ' -f 1) || told=0 # lines of the log
 rm -f "$OUTPUT_DIR/stop" # meant for a run before
 export NODE_SH_PID=$$ # when this script is killed, the run saves and ends as well
 set -m # the launcher gets a process group of its own: Ctrl-C reaches this script alone, which asks the run to save
@@ -92,9 +93,15 @@ for name in INT TERM USR1 HUP QUIT; do trap "stop $name" "$name"; done
 code=0
 while wait "$launcher" && code=0 || code=$?; kill -0 "$launcher" 2>/dev/null; do :; done # a signal ends a wait early
 # The launcher also returns 0 when its own child was killed: only the finished model proves the run.
-if [ "$code" = 0 ] && [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
-  echo "error: the run ended without a model; see $OUTPUT_DIR/log.txt, then start it again to continue" >&2
-  code=1
+if [ "$code" != 0 ] || [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
+  # When a signal has ended the launcher itself, its processes save first.
+  for ((tenths = 0; tenths < 700; tenths++)); do kill -0 -- "-$launcher" 2>/dev/null || break; sleep 0.1; done
+  if tail -n "+$((told + 1))" "$OUTPUT_DIR/log.txt" 2>/dev/null | grep -q "stops after step"; then
+    code=75
+  elif [ "$code" = 0 ]; then
+    echo "error: the run ended without a model; see $OUTPUT_DIR/log.txt, then start it again to continue" >&2
+    code=1
+  fi
 fi
 rm -f "$started"
 exit "$code"

@@ -1,5 +1,6 @@
 """Training runs as forks of a process that has imported everything, which takes longer than most of the tests' runs."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from tempfile import TemporaryFile
 import torch
 
 import train.run  # noqa: F401  the slow imports
+from data.loader import PR_SET_PDEATHSIG
 from train.__main__ import run
 from train.config import load_config
 
@@ -32,6 +34,7 @@ def start(job: list[str], world: int, output: int) -> list[int]:
         process = os.fork()
         if process == 0:
             os.setpgid(0, 0)  # with its loader's workers
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also when a test is killed for its time
             # A process alone takes one core as well: LOCAL_SIZE is what train.engine divides them by.
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": max(world, 2), "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")

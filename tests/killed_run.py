@@ -20,12 +20,14 @@ from tests.forks import finish, kill, start
 from train.config import load_config
 from train.loop import Training
 
+MARKS = {"evaluation": "evaluating_*", "saving": "checkpoints/unfinished_*"}
+
 
 def hashing(fit: Callable) -> Callable:
     def run(training: Training) -> bool:
         train_step, validate = train.loop.train_step, training._validate
 
-        def marked_validate() -> tuple[str, bool]:
+        def marked_validate() -> bool:
             evaluating = training.config.output_dir / f"evaluating_{training.job.rank}"
             evaluating.touch()
             result = validate()
@@ -54,6 +56,11 @@ def steps_logged(folder: Path) -> int:
     return path.read_text().count("  loss ") if path.exists() else 0
 
 
+def marks(folder: Path, where: str) -> list[str]:
+    """What tells that a run is there. A folder with a run.json is an old checkpoint that is being removed."""
+    return [path.name for path in folder.glob(MARKS[where]) if not (path / "run.json").exists()]
+
+
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     config, *overrides = plan["job"]
@@ -66,14 +73,17 @@ def main() -> None:
         for path in folder.glob("evaluating_*"):
             path.unlink()
         processes = start(plan["job"], world, sys.stderr.fileno())
-        marks = {"evaluation": "evaluating_*", "saving": "checkpoints/unfinished_*"}
         enough = known + draw.randint(1, 4) if where != "start" else 0
-        while steps_logged(folder) < enough or (where in marks and not any(folder.glob(marks[where]))):
-            assert time.monotonic() - before < 60, "no progress"
-            time.sleep(0.003)
-        time.sleep(draw.uniform(0, {"start": 3, "step": 0.4, "evaluation": 0.05, "saving": 0.01}[where]))
-        kill(processes)
-        found = {mark: [path.name for path in folder.glob(pattern)] for mark, pattern in marks.items()}
+        try:
+            while steps_logged(folder) < enough or (where in MARKS and not marks(folder, where)):
+                assert time.monotonic() - before < 60, "no progress"
+                time.sleep(0.003)
+            until = time.monotonic() + draw.uniform(0, {"start": 3, "step": 0.4, "evaluation": 0.05, "saving": 0.01}[where])
+            while time.monotonic() < until and (where != "start" or steps_logged(folder) == known):
+                time.sleep(0.003)
+        finally:
+            kill(processes)
+        found = {mark: marks(folder, mark) for mark in MARKS}
         print(json.dumps({"world": world, "where": where, "seconds": round(time.monotonic() - before, 2), **found}), flush=True)
     sys.exit(finish(start(plan["job"], next(worlds), sys.stderr.fileno()), seconds=200))
 

@@ -1,14 +1,19 @@
-"""python -m tests.raising_run: as python -m train, but the last rank raises in optimizer step 5."""
+"""python -m tests.raising_run: as python -m train, but in optimizer step 5 the last rank raises what RAISES names."""
+
+import os
 
 import train.loop
+from data import DataError
 from train.__main__ import main
+
+KINDS = {kind.__name__: kind for kind in (ValueError, DataError)}
 
 train_step = train.loop.train_step
 
 
 def step(engine, *arguments: object) -> float:
     if engine.global_rank == engine.world_size - 1 and engine.global_steps == 5:
-        raise ValueError("broken on purpose")
+        raise KINDS[os.environ["RAISES"]]("broken on purpose")
     return train_step(engine, *arguments)
 
 

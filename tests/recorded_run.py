@@ -2,7 +2,8 @@
 
 JOBS.json is {name: [config, override, ...]}. Each leaves in its output folder gradients.pt, those of the first step before
 clipping, and logits.pt, what the engine gives for `model_cases.images(3)` with the weights that it exports, and rates.json,
-the learning rate in the last step of each parameter that rank 0 keeps a part of. The loss of optimizer step STEP is infinite.
+the learning rate in the last step of each parameter that rank 0 keeps a part of, and timeouts.json, how many seconds each
+process group waits. In optimizer step STEP the last rank's first loss is infinite.
 Ends at the first one that fails. WORLD 0: the first one in this process itself, for CUDA does not outlive a fork.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch.distributed import distributed_c10d
 
 import train.loop
 from tests.forks import attempt
@@ -52,6 +54,9 @@ def recorded(fit: Callable, spoilt: int | None) -> Callable:
                 found[fragment.name] = engine.optimizer.param_groups[0]["lr"] * scale
             if torch.distributed.get_rank() == 0:
                 (config.output_dir / "rates.json").write_text(json.dumps(found))
+                groups = [group._get_backend(training.job.device) for group in distributed_c10d._world.pg_map]
+                seconds = [group.options._timeout.total_seconds() for group in groups]
+                (config.output_dir / "timeouts.json").write_text(json.dumps(seconds))
 
         def weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
             rates()
@@ -63,7 +68,9 @@ def recorded(fit: Callable, spoilt: int | None) -> Callable:
         share = training.loss.share
 
         def spoil(*arguments: object) -> torch.Tensor:
-            return share(*arguments) * (math.inf if training.state.step == spoilt else 1)
+            last = training.job.rank == training.job.world_size - 1
+            now = training.state.step == spoilt and last and not engine.is_gradient_accumulation_boundary()
+            return share(*arguments) * (math.inf if now else 1)
 
         engine.step, train.loop.gather_weights, training.loss.share = step, weights, spoil
         return fit(training)

@@ -196,6 +196,7 @@ def test_gradients_are_added_up_and_sent_in_fp32_unless_the_json_says_otherwise(
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}, half: {"enabled": "auto"}}))
         settings = resolve(load_config(DEMO, [f"deepspeed={path}", "precision=bf16"]), 1, on_gpu=True)
         assert settings["communication_data_type"] == "fp32"
+        assert settings.get("torch_autocast", {"dtype": "bfloat16"})["dtype"] == "bfloat16"
         assert settings.get("data_types", {"grad_accum_dtype": "fp32"}) == {"grad_accum_dtype": "fp32"}
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}))
     assert resolve(load_config(DEMO, [f"deepspeed={path}"]), 1, on_gpu=False)["communication_data_type"] == "bf16"
@@ -221,6 +222,9 @@ def test_what_does_not_go_together_is_refused(overrides, on_gpu, message):
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer: NVMe needs"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "and ZeRO stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "an average"),
+        ({"zero_optimization": {"stage": 0}, "torch_autocast": {"enabled": "auto", "dtype": "float16"}}, "must be bfloat16"),
+        ({"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": "auto"}}, "torch_autocast: gradients would be sent"),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_acum_dtype": "fp32"}}, "data_types: grad_acum_dtype: unknown"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm: without it"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto", "check_grad_overflow": False}}, "check_grad_overflow"),
     ],
@@ -229,7 +233,7 @@ def test_settings_that_would_harm_are_refused(tmp_path, sections, message):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(sections))
     with pytest.raises(TrainError, match=message):
-        resolve(load_config(DEMO, [f"deepspeed={path}", "ema.decay=0.9"]), 1, on_gpu=False)
+        resolve(load_config(DEMO, [f"deepspeed={path}", "ema.decay=0.9", "precision=bf16"]), 1, on_gpu=False)
 
 
 def test_no_offload_may_be_null(tmp_path):

@@ -20,16 +20,23 @@ SETTINGS = [
     "augment.photometric=true", "model.dropout=0.1", "evaluate.pictures=0",
 ]  # fmt: skip
 STAGES = (0, 1, 2, 3)
+# Pairs of stages by the number of processes that go on.
+OFFLOADED = {
+    1: [("3_offload", 2)], 2: [("2_offload", "2_offload"), ("3_offload", "3_offload")],
+    3: [("2_offload", "3_offload"), ("3_offload", "2_offload")], 4: [(1, "3_offload")],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def saved(shards, tmp_path_factory) -> dict[int, Run]:
+def saved(shards, tmp_path_factory) -> dict[int | str, Run]:
     """The whole run at each stage, in two processes; and in bf16 at 10 + stage."""
     folder = tmp_path_factory.mktemp("saved")
-    jobs = {str(s): experiment(shards, folder / str(s), *SETTINGS, zero(s, folder)) for s in STAGES}
+    stages = (*STAGES, "2_offload", "3_offload")
+    jobs = {s: experiment(shards, folder / str(s), *SETTINGS, zero(s, folder)) for s in stages}
     for s in STAGES:
-        jobs[str(10 + s)] = experiment(shards, folder / str(10 + s), *SETTINGS, zero(s, folder), "precision=bf16")
-    return {int(name): run for name, run in recorded_runs(jobs, folder, processes=2).items()}
+        jobs[10 + s] = experiment(shards, folder / str(10 + s), *SETTINGS, zero(s, folder), "precision=bf16")
+    runs = recorded_runs({str(name): job for name, job in jobs.items()}, folder, processes=2)
+    return {name: runs[str(name)] for name in jobs}
 
 
 @pytest.mark.timeout(300)
@@ -57,10 +64,11 @@ def test_goes_on_in_other_worlds_and_at_other_stages(shards, tmp_path, saved, pr
             shards, tmp_path / f"{was}-{now}", *SETTINGS, zero(now, tmp_path),
             f"resume_from={saved[was].folder / 'checkpoints/step_00000002'}",
         )
-        for was in STAGES for now in {was, (was + processes // 2) % 4}  # others with two and three processes
+        for was, now in [*((s, s) for s in STAGES), *((s, (s + processes - 1) % 4) for s in STAGES), *OFFLOADED[processes]]
     }  # fmt: skip
     for name, run in recorded_runs(jobs, tmp_path, processes).items():
-        whole = saved[int(name[0])]
+        was = name.partition("-")[0]
+        whole = saved[int(was) if was.isdigit() else was]
         assert list(run.losses) == [2, 3, 4, 5], name
         apart = max(abs(loss / whole.losses[step] - 1) for step, loss in run.losses.items())
         print(f"2 -> {processes} processes, ZeRO {name}: largest relative loss difference {apart:.1e}")

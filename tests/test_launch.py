@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import ROOT, SMALL, python, wait_for_step
 from train.interrupt import INTERRUPTED
 
+started: list[subprocess.Popen] = []
+
 
 def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUTPUT_DIR": str(folder), **variables}
@@ -24,9 +26,21 @@ def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subp
     # A shell cannot trap what was ignored before it started, as SIGINT is in the background of another shell.
     command = ["env", "--default-signal=INT", "launch/node.sh"]
     command += [*small, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    started.append(
+        subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     )
+    return started[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +112,36 @@ def test_a_signal_saves_and_ends_everything(shards, tmp_path, name):
     assert not alive
 
 
+@pytest.mark.parametrize(("whom", "name"), [("all", "SIGTERM"), ("launcher", "SIGKILL")])
+def test_a_signal_to_the_launcher_too_is_waited_out(shards, tmp_path, whom, name):
+    process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
+    wait_for_step(tmp_path, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (launcher,) = (child for child in family if "deepspeed.launcher.launch" in child.cmdline())
+    for one in [*family, process] if whom == "all" else [launcher]:
+        one.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == INTERRUPTED and "stops after step" in output, output
+    assert list((tmp_path / "checkpoints").glob("step_*/run.json"))
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def test_a_run_that_dies_is_no_success(shards, tmp_path):
+    process = start(shards, tmp_path, "schedule.steps=100000", DEVICES="0,1")
+    wait_for_step(tmp_path, 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in family:
+        one.kill()
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode not in (0, INTERRUPTED), output
+
+
 def test_a_signal_while_it_starts_is_not_forgotten(shards, tmp_path):
     process = start(shards, tmp_path / "run", "schedule.steps=100000", DEVICES="0,1")
+    deadline = time.monotonic() + 60
     while not any("--no_local_rank" in command for command in commands(process)):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -128,7 +169,8 @@ def test_a_second_signal_ends_it_at_once(shards, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     for rank in ranks:
-        rank.resume()
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
     process.communicate(timeout=20)
     assert process.returncode not in (0, INTERRUPTED)
     _, alive = psutil.wait_procs(family, timeout=1)

@@ -44,6 +44,14 @@ def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):
     assert passed_over.code == 0 and "resume_from is passed over" in passed_over.output
 
 
+def test_what_deepspeed_refuses_is_told_in_a_line(shards, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1, "overlap_com": true}}')
+    run = train(shards, tmp_path / "run", f"deepspeed={path}")
+    assert run.code == 1 and f"{path}: DeepSpeed refuses " in run.output and "Traceback" not in run.output
+    assert "overlap_com" in run.output and "reduce_bucket_size" in run.output
+
+
 def test_load_from_takes_weights_only(shards, tmp_path):
     first = train(shards, tmp_path / "a", "schedule.steps=3")
     assert first.code == 0, first.output

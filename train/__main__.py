@@ -57,7 +57,11 @@ def main() -> None:
 def _leave(message: str) -> None:
     record_error(message)
     rank = os.environ.get("RANK")
-    sys.exit(f"error: {message}" if rank is None else f"error: rank {rank}: {message}")
+    text = f"error: {message}" if rank is None else f"error: rank {rank}: {message}"
+    if torch.distributed.is_initialized():  # the others wait for this process, whose end would wait for threads and workers
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit(text)
 
 
 def run(config: Config, check_only: bool) -> None:

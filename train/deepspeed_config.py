@@ -60,6 +60,8 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
             holder[name] = value
         elif holder[name] != value:
             raise TrainError(f'{path}: {key}: {holder[name]} contradicts the experiment, which gives {value}; write "auto"')
+    if "torch_autocast" in settings:
+        settings["torch_autocast"].setdefault("dtype", "bfloat16")  # torch's own is fp16, of which nobody would scale the loss
     _refuse_traps(path, settings, bf16, fp16, on_gpu, config.ema.decay is not None)
     if config.compile and stage(settings) == 3:
         raise TrainError(f"compile: {path} is ZeRO stage 3, whose gathering of weights breaks every graph; use stage 2")
@@ -120,6 +122,13 @@ def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, fp16: bool, 
         raise TrainError(f"{path}: bf16: wrong results at ZeRO stage 0; use torch_autocast there, or stage 1")
     if stage(settings) == 0 and "data_types" in settings:
         raise TrainError(f"{path}: data_types: DeepSpeed has none of it at ZeRO stage 0; remove it")
+    if autocast and stage(settings) > 0:
+        raise TrainError(f"{path}: torch_autocast: gradients would be sent in bf16; use bf16 at ZeRO stages 1 to 3")
+    if autocast and settings["torch_autocast"]["dtype"] != "bfloat16":
+        raise TrainError(f"{path}: torch_autocast.dtype: must be bfloat16")
+    unknown = settings.get("data_types", {}).keys() - {"grad_accum_dtype"}
+    if unknown:
+        raise TrainError(f"{path}: data_types: {', '.join(sorted(unknown))}: unknown key; known: grad_accum_dtype")
     if bf16 and not half and not autocast:
         raise TrainError(f'{path}: bf16: missing, but precision is bf16; add "bf16": {{"enabled": "auto"}}')
     if fp16 and not on_gpu:

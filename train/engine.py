@@ -79,6 +79,8 @@ def build_engine(model: Segmenter, config: Config, settings: dict) -> DeepSpeedE
     if stage(settings) == 0:
         optimizer.clip_norm = config.optimizer.clip_norm
         settings = settings | {"gradient_clipping": 0.0}
+    if config.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # torch's default is to convolve in less
     # Its warning is of an optimizer that it does not know: tests/test_stages.py compares ours with PyTorch's at every stage.
     deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     gc.freeze()  # its bf16 optimizer collects garbage twice for each group: half a minute of looking through all of PyTorch

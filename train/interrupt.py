@@ -9,6 +9,7 @@ import select
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,16 +37,17 @@ class Interrupt:
             signal.signal(number, lambda *_: None)  # what counts is the byte in the pipe
         parents = psutil.Process().parents()
         self._launchers = [process for process in parents[:2] if _is_launcher(process)]
-        self._fellows = parents[0].children() if parents[0] in self._launchers else []
+        self._fellows = parents[0].children() if parents and parents[0] in self._launchers else []
         self._launchers += [process for process in parents if str(process.pid) == os.environ.get("NODE_SH_PID")]
         threading.Thread(target=self._watch, args=(reading,), name="interrupt-watch", daemon=True).start()
 
     @property
     def requested(self) -> bool:
         """Whether this rank has been asked to leave; the others learn of it by a sum."""
-        if self.stop_file and self.stop_file.exists():
-            self.reason = f"{self.stop_file} is there"
-            self.stop_file.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that is away for a moment
+            if self.stop_file and self.stop_file.exists():
+                self.reason = f"{self.stop_file} is there"
+                self.stop_file.unlink(missing_ok=True)
         return bool(self.reason)
 
     def leaving(self) -> None:

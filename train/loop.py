@@ -76,6 +76,7 @@ class Training:
         )
         self.tracker = Tracker(config, self.state.step, total, self.settings) if job.is_main else None
         guard = Guard(config.guard)
+        self.scores: str | None = None  # the last validation's, on rank 0
         due = False
         self.engine.train()
         for step, micro_batches in enumerate(batches, start=self.state.step):
@@ -98,7 +99,7 @@ class Training:
                 self.ema.update(step)
             self._record(step, {"loss": value, "lr": lr, "gradient_norm": norm, "skipped_steps": guard.skipped})
             self.state = replace(self.state, step=step + 1)
-            better = step + 1 < total and self._is_due(config.evaluate.every_steps) and self._validate_for_best()
+            better = (step + 1 == total or self._is_due(config.evaluate.every_steps)) and self._validate_for_best()
             due = due or better or self._is_due(config.checkpoint.every_steps) or step + 1 == total
             if due and guard.in_a_row == 0:  # else it may be too late already: a start from there would end as this one
                 self.saver.save(self.state)
@@ -132,14 +133,13 @@ class Training:
     def _end(self) -> None:
         self.saver.finish()
         with averaged(self.ema):
-            text, better = self._validate() if self.val else ("", False)
+            if self.val and self.scores is None:  # nothing was left to train
+                self._validate()
             path = self._export("model.safetensors", self.config.ema.decay)
-            if better and self.config.evaluate.every_steps:
-                self._export("model_best.safetensors", self.config.ema.decay)
         raw_path = self._export("model_raw.safetensors", None) if self.ema else None
         if self.tracker:
             self.tracker.finish()
-            log.info("\n%s\nmodel          %s", text, path)
+            log.info("\n%s\nmodel          %s", self.scores or "", path)
             if raw_path:
                 log.info("not averaged   %s", raw_path)
             if self.state.best_step:
@@ -148,20 +148,20 @@ class Training:
                 log.info("contact sheet  %s", _sheet_path(self.config, self.state.total_steps))
 
     def _validate_for_best(self) -> bool:
-        """Validate; whether the model is the best so far, which is exported then."""
+        """Validate; whether the model is the best so far, which is exported then, if there are others to compare with."""
         if not self.val:
             return False
         with averaged(self.ema):
-            _, better = self._validate()
-            if better:
+            better = self._validate()
+            if better and self.config.evaluate.every_steps:
                 try:
                     self._export("model_best.safetensors", self.config.ema.decay)
                 except TrainError as error:  # of rank 0 alone; the run matters more
                     log.error("%s", error)
         return better
 
-    def _validate(self) -> tuple[str, bool]:
-        """The scores' text on rank 0, and whether the mIoU is the best so far."""
+    def _validate(self) -> bool:
+        """Whether the mIoU is the best so far."""
         config, job, step = self.config, self.job, self.state.step
         self.engine.eval()
         scores, rows = evaluate(
@@ -173,17 +173,18 @@ class Training:
         if better:
             self.state = replace(self.state, best_step=step, best_miou=scores.miou)
         if self.tracker is None:
-            return "", better
+            self.scores = ""
+            return better
         try:
-            text, sheet = report(scores, rows, self.val, _sheet_path(config, step))
+            self.scores, sheet = report(scores, rows, self.val, _sheet_path(config, step))
         except OSError as error:
             log.warning("%s: contact sheet not written: %s", _sheet_path(config, step), error)
-            text, sheet = report(scores, [], self.val, _sheet_path(config, step))
+            self.scores, sheet = report(scores, [], self.val, _sheet_path(config, step))
         per_class = {f"iou/{name}": iou for name, iou in zip(self.val.label_set.classes, scores.iou.tolist(), strict=True)}
         means = {"miou": scores.miou, "macc": scores.mean_accuracy, "aacc": scores.pixel_accuracy}
         self.tracker.validation(step, means | per_class, sheet)
         log.info("step %d  validation mIoU %.4f", step, scores.miou)
-        return text, better
+        return better
 
     def _export(self, name: str, ema_decay: float | None) -> Path:
         """Write the weights that the model has now to `name` in the output folder. Raises TrainError if that fails."""

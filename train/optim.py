@@ -101,7 +101,7 @@ class LayerwiseAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=tensor.device)
             state |= {moment: torch.zeros_like(tensor) for moment in MOMENTS}
         whole = [tensor.view(-1), tensor.grad.reshape(-1), *(state[moment].view(-1) for moment in MOMENTS)]
-        for scale, start, end in self.pieces[tensor]:
+        for scale, start, end in self.pieces.get(tensor, ()):  # none: of more processes than it has elements
             # A counter of its own for each: the update counts it up.
             layers.setdefault(scale, []).append((*(flat[start:end] for flat in whole), state["step"].clone()))
         state["step"] += 1

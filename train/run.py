@@ -39,9 +39,29 @@ def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSe
         start_logging(config.output_dir, job.rank)
     except OSError as error:
         raise TrainError(f"output_dir: {config.output_dir} cannot be written: {error.strerror}; choose another") from None
-    claimed = _claim(config.output_dir) if job.is_main else None
-    torch.manual_seed(config.seed)  # the same fresh weights on every rank
     interrupt = Interrupt(config.output_dir, job.is_main)
+    claimed = None
+    try:
+        claimed = _claim(config.output_dir) if job.is_main else None
+        done = _train(config, settings, train, val, interrupt, job)
+        dist.barrier()  # the others wait for rank 0's export, else the launcher takes their leaving for the end
+    except RuntimeError as error:
+        if interrupt.a_fellow_is_gone():
+            raise TrainError("another process of the run has ended; its error stands above, or in log.txt") from error
+        raise
+    interrupt.leaving()
+    dist.destroy_process_group()
+    if claimed:
+        claimed.close()
+    if not done:
+        sys.exit(INTERRUPTED)
+
+
+def _train(
+    config: Config, settings: dict[str, Any], train: Mixture, val: ShardSet | None, interrupt: Interrupt, job: Job
+) -> bool:
+    """Build everything, resume, and fit. False: interrupted, and saved."""
+    torch.manual_seed(config.seed)  # the same fresh weights on every rank
     model = _build_model(config, train)
     resume = _resume_points(config)
     origin: dict[str, Any] = {}
@@ -83,19 +103,7 @@ def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSe
     weights = class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
     loss = PixelLoss(weights, train.label_set, config.loss.label_smoothing, config.loss.dice)
     training = Training(engine, config, settings, train, order, val, loss, state, ema, saver, interrupt, job)
-    try:
-        done = training.fit()
-    except RuntimeError as error:
-        if interrupt.a_fellow_is_gone():
-            raise TrainError("another process of the run has ended; its error stands above, or in log.txt") from error
-        raise
-    dist.barrier()  # the others wait for rank 0's export, else the launcher takes their leaving for the end
-    interrupt.leaving()
-    dist.destroy_process_group()
-    if claimed:
-        claimed.close()
-    if not done:
-        sys.exit(INTERRUPTED)
+    return training.fit()
 
 
 def _claim(output_dir: Path) -> IO | None:

@@ -35,6 +35,7 @@ class Saver:
         self.folder, self.masters, self.ema, self.keep, self.job = folder, masters, ema, keep, job
         self.copies: dict[str, torch.Tensor] = {}  # kept: pinned memory is slow to get
         self.thread: threading.Thread | None = None
+        self.remover: threading.Thread | None = None  # of old checkpoints, on rank 0
         self.copied = threading.Event()
         self.copied.set()
         self.failed: str | None = None  # why the last checkpoint was not written
@@ -87,8 +88,11 @@ class Saver:
                 files = {_file(rank): entry for rank, entry in enumerate(results)}
                 path = checkpoint.commit(self._unfinished, self.state, files)
                 # In a thread as well: the file system takes its time for large files.
+                if self.remover:
+                    self.remover.join()
                 prune = (self.folder, self.keep, self.state)
-                threading.Thread(target=checkpoint.prune, args=prune, name="checkpoint-remover").start()
+                self.remover = threading.Thread(target=checkpoint.prune, args=prune, name="checkpoint-remover")
+                self.remover.start()
                 self.stall += time.monotonic() - started
                 times = self.stall, self.seconds
                 log.info("step %d  checkpoint %s (training waited %.2f s, written in %.2f s)", step, path, *times)

@@ -50,8 +50,11 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not (getattr(record, "on_bar", False) and sys.stderr.isatty()):
-            tqdm.write(self.format(record))
-            sys.stdout.flush()
+            try:
+                tqdm.write(self.format(record))
+                sys.stdout.flush()
+            except OSError:  # a file on a full disk, a pipe that nobody reads: log.txt has the rest
+                sys.stdout = open(os.devnull, "w")
 
 
 class Tracker:
