@@ -2,11 +2,13 @@
 
 import os
 
+from torch import OutOfMemoryError
+
 import train.loop
 from data import DataError
 from train.__main__ import main
 
-KINDS = {kind.__name__: kind for kind in (ValueError, DataError)}
+KINDS = {kind.__name__: kind for kind in (ValueError, DataError, OutOfMemoryError)}
 
 train_step = train.loop.train_step
 

@@ -1,10 +1,15 @@
 """python -m tests.recorded_run JOBS.json WORLD [STEP]: trains experiments one after another, each in WORLD processes.
 
-JOBS.json is {name: [config, override, ...]}. Each leaves in its output folder gradients.pt, those of the first step before
-clipping, and logits.pt, what the engine gives for `model_cases.images(3)` with the weights that it exports, and rates.json,
-the learning rate in the last step of each parameter that rank 0 keeps a part of, and timeouts.json, how many seconds each
-process group waits. In optimizer step STEP the last rank's first loss is infinite.
-Ends at the first one that fails. WORLD 0: the first one in this process itself, for CUDA does not outlive a fork.
+JOBS.json is {name: [config, override, ...]}. Each leaves in its output folder
+
+    gradients.pt   those of the first step before clipping
+    logits.pt      what the engine gives for `model_cases.images(3)` with the weights that it exports
+    rates.json     the learning rate in the last step of each parameter that rank 0 keeps a part of
+    timeouts.json  how many seconds each process group waits
+    compiled.json  how many functions were compiled
+
+In optimizer step STEP the last rank's first loss is infinite. Ends at the first experiment that fails. WORLD 0: the first one
+in this process itself, for CUDA does not outlive a fork.
 """
 
 import json
@@ -15,6 +20,7 @@ from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch._dynamo.utils import counters
 from torch.distributed import distributed_c10d
 
 import train.loop
@@ -57,6 +63,7 @@ def recorded(fit: Callable, spoilt: int | None) -> Callable:
                 groups = [group._get_backend(training.job.device) for group in distributed_c10d._world.pg_map]
                 seconds = [group.options._timeout.total_seconds() for group in groups]
                 (config.output_dir / "timeouts.json").write_text(json.dumps(seconds))
+                (config.output_dir / "compiled.json").write_text(json.dumps(counters["frames"]["ok"]))
 
         def weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
             rates()

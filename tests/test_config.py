@@ -231,7 +231,8 @@ def test_what_does_not_go_together_is_refused(overrides, on_gpu, message):
 )
 def test_settings_that_would_harm_are_refused(tmp_path, sections, message):
     path = tmp_path / "zero.json"
-    path.write_text(json.dumps(sections))
+    half = {} if "torch_autocast" in sections else {"bf16": {"enabled": "auto"}}
+    path.write_text(json.dumps(half | sections))
     with pytest.raises(TrainError, match=message):
         resolve(load_config(DEMO, [f"deepspeed={path}", "ema.decay=0.9", "precision=bf16"]), 1, on_gpu=False)
 

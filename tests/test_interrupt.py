@@ -112,17 +112,24 @@ def test_a_rank_that_is_killed_ends_the_run(start, whom):
     assert "another process of the run has ended" in log + run.output, run.output
 
 
-@pytest.mark.parametrize(("processes", "kind"), [(1, "ValueError"), (2, "ValueError"), (2, "DataError")])
-def test_a_rank_that_raises_ends_the_run_and_is_heard_first(shards, tmp_path, processes, kind):
+@pytest.mark.parametrize(
+    ("processes", "kind", "words"),
+    [
+        (1, "ValueError", "ValueError: broken on purpose"),
+        (2, "ValueError", "ValueError: broken on purpose"),
+        (2, "DataError", "error: rank 1: broken on purpose"),
+        (2, "OutOfMemoryError", "error: rank 1: out of memory (broken on purpose); lower micro_batch_size"),
+    ],
+)
+def test_a_rank_that_raises_ends_the_run_and_is_heard_first(shards, tmp_path, processes, kind, words):
     command = [*launched("tests.raising_run", processes), "--config", *experiment(shards, tmp_path, *LONG)]
     done = subprocess.run(
         command, cwd=ROOT, env=train_environment() | {"RAISES": kind}, text=True, timeout=90, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode != 0 and time.time() - (tmp_path / "metrics.jsonl").stat().st_mtime < 30
-    ours = kind == "DataError"  # told in a line
-    before, told, after = done.stdout.partition("error: rank 1: broken" if ours else "ValueError: broken on purpose")
-    assert told and before.count("Traceback") == (0 if ours else 1) and "Traceback" not in after, done.stdout
+    before, told, after = done.stdout.partition(words)
+    assert told and before.count("Traceback") == (kind == "ValueError") and "Traceback" not in after, done.stdout
     assert "another process of the run has ended" not in before
 
 
