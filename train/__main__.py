@@ -44,8 +44,8 @@ def main() -> None:
         run(load_config(args.config, args.overrides), args.check)
     except (TrainError, DataError, ModelError) as error:
         _leave(str(error))
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not OUT_OF_MEMORY.search(str(error)):
             raise
         first = (str(error) or "of the CPU").splitlines()[0]
         _leave(
