@@ -74,10 +74,10 @@ def main() -> None:
             saver.finish()
             stalled.append(saver.stall)
             lost.append(time.monotonic() - started - steps * alone[-1])
+        saver.remover.join()
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e9
     finally:
-        saver.remover.join()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     both, usual = (statistics.median(waited), statistics.median(stalled)), statistics.median(alone)
     print(f"{args.arch}, ZeRO-{args.stage}, {size:.2f} GB a checkpoint, {usual:.2f} s a step; medians of {ROUNDS}")
     print(f"training stands still: waiting for the file {both[0]:.2f} s, written in the background {both[1]:.3f} s")
