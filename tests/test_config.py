@@ -220,6 +220,7 @@ def test_what_does_not_go_together_is_refused(overrides, on_gpu, message):
     [
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}, "offload_param: "),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer: NVMe needs"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer: must be a section"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "and ZeRO stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "an average"),
         ({"zero_optimization": {"stage": 0}, "torch_autocast": {"enabled": "auto", "dtype": "float16"}}, "must be bfloat16"),

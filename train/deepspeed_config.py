@@ -93,12 +93,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise TrainError(f"deepspeed: {path}: no such file; there are {known}")
     try:
         settings = json.loads(path.read_text(), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise TrainError(f"{path}: zero_optimization: missing; it names the ZeRO stage")
     if settings["zero_optimization"].get("stage") not in (0, 1, 2, 3):
         raise TrainError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3")
+    for key in ("offload_param", "offload_optimizer"):
+        if not isinstance(settings["zero_optimization"].get(key) or {}, dict):
+            raise TrainError(f'{path}: zero_optimization.{key}: must be a section, as {{"device": "cpu"}}')
     return settings
 
 

@@ -148,12 +148,12 @@ class Training:
                 log.info("contact sheet  %s", _sheet_path(self.config, self.state.total_steps))
 
     def _validate_for_best(self) -> bool:
-        """Validate; whether the model is the best so far, which is exported then, if there are others to compare with."""
+        """Validate; whether the model is the best so far, which is exported then."""
         if not self.val:
             return False
         with averaged(self.ema):
             better = self._validate()
-            if better and self.config.evaluate.every_steps:
+            if better:
                 try:
                     self._export("model_best.safetensors", self.config.ema.decay)
                 except TrainError as error:  # of rank 0 alone; the run matters more
@@ -161,7 +161,7 @@ class Training:
         return better
 
     def _validate(self) -> bool:
-        """Whether the mIoU is the best so far."""
+        """Whether the mIoU is the best so far of a run that is validated on its way."""
         config, job, step = self.config, self.job, self.state.step
         self.engine.eval()
         scores, rows = evaluate(
@@ -169,7 +169,8 @@ class Training:
             config.evaluate.pictures if job.is_main else 0, config.augment.keep_aspect, job.rank, job.world_size,
         )  # fmt: skip
         self.engine.train()
-        better = scores.miou > (-1 if self.state.best_miou is None else self.state.best_miou)
+        compared = config.evaluate.every_steps is not None  # else what was best would be nowhere
+        better = compared and scores.miou > (-1 if self.state.best_miou is None else self.state.best_miou)
         if better:
             self.state = replace(self.state, best_step=step, best_miou=scores.miou)
         if self.tracker is None:
