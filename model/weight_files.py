@@ -161,12 +161,13 @@ def save_safetensors(path: str | Path, state_dict: dict[str, Tensor], metadata: 
     mode = beside.stat().st_mode
     save_file(tensors, beside, {key: _encode(value) for key, value in metadata.items()} | {"format": "pt"})
     beside.chmod(mode)  # safetensors lets nobody but the owner read
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

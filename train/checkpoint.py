@@ -13,6 +13,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model.weight_files import sync
 from train import TrainError
 from train.track import log
 
@@ -116,14 +117,6 @@ def prune(folder: Path, keep: int, state: RunState) -> None:
                 shutil.rmtree(doomed)
             except OSError as error:
                 log.warning("%s: not removed: %s", old, error)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_unfinished(folder: Path) -> None:

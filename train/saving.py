@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.weight_files import sync
 from train import TrainError, checkpoint
 from train.checkpoint import UNFINISHED, Entry, RunState
 from train.ema import Ema
@@ -153,7 +154,7 @@ class Saver:
                 self.copied.set()
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(self.copies, path)
-            checkpoint.sync(path)
+            sync(path)
             self.result: Entry | str = Entry.of(path)
         except (OSError, SafetensorError) as error:
             self.result = f"{path}: {error}"
