@@ -77,6 +77,7 @@ class Interrupt:
                     first, self.reason = now, f"received {signal.Signals(number).name}"
                     log.warning("%s: saves after this step and ends; once more ends it at once", self.reason)
             if launcher_gone is None and not all(map(_is_alive, self._launchers)):
+                log.warning("the launcher is gone: saves after this step and ends")  # whoever notices it first: rank 0 may not
                 launcher_gone, self.reason = now, "the launcher is gone"
             if fellow_gone is None and self.a_fellow_is_gone(seconds=0):
                 fellow_gone = now
