@@ -17,13 +17,14 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 from data import DataError
 from data.arguments import whole_number
-from data.claim import PROGRESS, SPLITS, claim
+from data.claim import PROGRESS, SPLITS, claim, is_built
 from data.labels import LabelSet, load_label_set
 from data.mapping import load_label_map
 from data.packing import Noted, Split, finish, pack
@@ -41,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 built, 2 refused (one line on stderr says why), 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        build(args)
+        if args.check:
+            check(args)
+            print(args.out)
+        else:
+            build(args)
     except BrokenProcessPool:
         print("error: a worker process died, probably for want of memory; try fewer --workers", file=sys.stderr)
         return 2
@@ -57,6 +62,19 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises DataError for what can be seen to be wrong without looking at an example."""
+    if not args.root.exists():
+        raise DataError(f"{args.root}: --root is not there")
+    if args.out.is_file():
+        raise DataError(f"{args.out}: is a file; name a folder with --out")
+    if is_built(args.out):
+        raise DataError(f"{args.out}: already built; delete it or choose another --out")
+    with redirect_stdout(sys.stderr):  # warnings
+        _rules(args)
+    _source(args)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -245,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=whole_number(1), default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     add("--part", type=_part, default=(1, 1), metavar="i/n", help="make the i-th of n shares of the shards only, as the "
         "tasks of a Slurm array do; the same command without --part ends the build")  # fmt: skip
+    add("--check", action="store_true", help="look at the arguments only; prints OUT")
     add("--images", help="pairs: folder of the images (default images)")
     add("--masks", help="pairs: folder of the masks (default masks)")
     add("--mask-suffix", help="pairs: what mask names have behind the image's, such as _seg")

@@ -38,7 +38,7 @@ def claim(out: Path, raw: Iterable[Path], alone: bool = True) -> Iterator[None]:
         raise DataError(f"{min(foreign)}: lies where the shards go, but is of no unfinished build; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out, alone):
-        if _is_built(out):  # asked with the lock in hand: another build may just have ended
+        if is_built(out):  # asked with the lock in hand: another build may just have ended
             raise DataError(f"{out}: already built; delete it or choose another --out")
         (out / PROGRESS).mkdir(exist_ok=True)
         for name in SPLITS:
@@ -56,7 +56,8 @@ def remove_left_overs(folder: Path, index: Index | None) -> None:
         folder.rmdir()
 
 
-def _is_built(out: Path) -> bool:
+def is_built(out: Path) -> bool:
+    """Whether a finished build is there."""
     return not (out / PROGRESS).exists() and any((out / name / INDEX).exists() for name in SPLITS)
 
 
@@ -64,7 +65,7 @@ def _foreign(out: Path, raw: Iterable[Path]) -> list[Path]:
     """What a build would overwrite or delete though no build of ours made it, and raw files among the shards."""
     folders = {(out / name).absolute() for name in SPLITS}
     found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    if (out / PROGRESS).exists() or _is_built(out):  # else even names like ours are those of others
+    if (out / PROGRESS).exists() or is_built(out):  # else even names like ours are those of others
         found = [path for path in found if not OWN.fullmatch(path.name)]
     return found + [path for path in {path.parent.absolute() for path in raw} if folders & {path, *path.parents}]
 

@@ -143,7 +143,7 @@ def test_passes_the_check_with_all_deepspeed_settings(drawn, monkeypatch, recipe
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         path, *overrides = command(recipe, deepspeed, drawn[label_set_of(recipe)])
         config = load_config(Path(path), overrides)
-        settings = check(config, Mixture.open(config.data.train), ShardSet.open(config.data.val))
+        settings = check(config, Mixture.open(config.data.train), ShardSet.open(config.data.val), on_gpu=True)
         assert deepspeed.startswith(f"zero{settings['zero_optimization']['stage']}")
         assert settings["train_batch_size"] == config.global_batch_size
         assert settings["gradient_accumulation_steps"] * config.micro_batch_size * processes == config.global_batch_size

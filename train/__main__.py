@@ -37,11 +37,12 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--check", action="store_true", help="print the resolved experiment and stop")
+    parser.add_argument("--for-gpus", action="store_true", help="check for GPUs, also on a machine that has none")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-4")
     args = parser.parse_args()
     try:
-        run(load_config(args.config, args.overrides), args.check)
+        run(load_config(args.config, args.overrides), args.check, args.for_gpus)
     except (TrainError, DataError, ModelError) as error:
         _leave(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -64,15 +65,18 @@ def _leave(message: str) -> None:
     sys.exit(text)
 
 
-def run(config: Config, check_only: bool) -> None:
-    """Check, then train. Whatever can be wrong is told before the slow imports and the first allocation."""
+def run(config: Config, check_only: bool, for_gpus: bool = False) -> None:
+    """Check, then train. Whatever can be wrong is told before the slow imports and the first allocation.
+
+    for_gpus: as if there were GPUs here, as where a job is submitted there are none.
+    """
     cache = FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9))
     train = Mixture.open(config.data.train, cache)
     try:
         val = ShardSet.open(config.data.val, cache) if config.data.val else None
     except DataError as error:
         raise DataError(f"data.val: {error}") from None
-    settings = check(config, train, val)
+    settings = check(config, train, val, for_gpus or torch.cuda.is_available())
     if check_only:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
         return
@@ -82,7 +86,7 @@ def run(config: Config, check_only: bool) -> None:
     start(config, settings, train, val)
 
 
-def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any]:
+def check(config: Config, train: Mixture, val: ShardSet | None, on_gpu: bool) -> dict[str, Any]:
     """The resolved DeepSpeed settings, if the experiment fits itself, its shards and the number of processes.
 
     Raises TrainError, DataError, ModelError.
@@ -113,7 +117,7 @@ def check(config: Config, train: Mixture, val: ShardSet | None) -> dict[str, Any
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is not below the run's {total_steps} steps; lower it"
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return deepspeed_config.resolve(config, world_size, torch.cuda.is_available())
+    return deepspeed_config.resolve(config, world_size, on_gpu)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Launching on several machines, for real: Slurm, ssh, network interfaces."""

@@ -1,0 +1,22 @@
+"""A Slurm for the tests of a module."""
+
+import pytest
+
+from tests.cluster.packages import needed
+from tests.cluster.slurm import Slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    needed("slurmctld", "slurmd", "slurm-client", "munge")
+    cluster = Slurm(logs=tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(autouse=True)
+def nodes_back(request):
+    """A node that a test took away is there for the next one."""
+    yield
+    if "slurm" in request.fixturenames:
+        request.getfixturevalue("slurm").restore_nodes()
