@@ -17,7 +17,8 @@ command=$!
   kill -KILL -- "-$command"
 } </dev/null >/dev/null 2>&1 &
 watch=$!
-wait "$command"
+disown "$watch" # bash tells the end of its jobs
+wait "$command" 2>/dev/null
 code=$?
 # When a signal has ended a launcher, its processes save first.
 for ((tenths = 0; tenths < 700; tenths++)); do kill -0 -- "-$command" 2>/dev/null || break; sleep 0.1; done

@@ -96,60 +96,68 @@ watch_the_limit() {
 # Waits for a process, whatever signals come; sets last. Breaks off when it is late.
 wait_for() {
   local watch=
-  while wait "$1" && last=0 || last=$?; kill -0 "$1" 2>/dev/null; do
+  while wait "$1" 2>/dev/null && last=0 || last=$?; kill -0 "$1" 2>/dev/null; do
     [ -z "$late" ] || requeue "the time limit is here before it could save"
     if [ "$asked" = USR1 ] && [ -z "$watch" ]; then
       watch_the_limit &
       watch=$!
+      disown "$watch" # bash tells the end of its jobs
     fi
   done
   [ -z "$watch" ] || kill "$watch" 2>/dev/null
 }
 
-job=$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
-if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # its id alone would requeue all tasks
-  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  OUTPUT_DIR=$OUTPUT_DIR/$SLURM_ARRAY_TASK_ID
-  set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
-fi
-starts=$OUTPUT_DIR/slurm/starts.txt signalled=$OUTPUT_DIR/slurm/signalled
-mkdir -p "$OUTPUT_DIR/slurm" && touch "$starts" || exit
-export OUTPUT_DIR GPUS_PER_NODE CONTAINER=${CONTAINER:-} SRUN_CPUS_PER_TASK=$CPUS_PER_GPU UNFIT=$OUTPUT_DIR/slurm/unfit.txt
-step=$(newest_step)
-count=$(starts_without_progress "$step")
-if [ "$count" -gt "$MAX_RESTARTS" ]; then # Slurm itself requeues a job whose node has failed
-  say "error: $MAX_RESTARTS restarts brought it no farther than step $step; see $OUTPUT_DIR/log.txt, then submit it again"
-  exit 1
-fi
-echo "$job $restart $step $SLURM_JOB_NODELIST" >>"$starts"
-say "on $SLURM_JOB_NODELIST, from step $step; $(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)"
-read_experiment "$@"
-begin_run
-rm -f "$signalled"
-[ -z "$asked" ] || ask_to_stop # begin_run has taken it for an old one
-set -m # what is started gets signals from here only
-if [ "${PREFLIGHT:-1}" != 0 ]; then
-  launch/preflight.sh &
-  wait_for $!
-  [ "$asked" != TERM ] || exit 143
-  [ "$asked" != USR1 ] || requeue "asked to leave before the training began"
-  if [ "$last" != 0 ]; then
-    code=$last
-    unfit=$(cat "$UNFIT")
-    requeue "not fit: ${unfit:-the nodes together}" "$unfit"
+# A function, which never returns, is read as a whole: bash reads a script while it runs it, and this one may be changed
+# meanwhile.
+main() {
+  job=$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # its id alone would requeue all tasks
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    OUTPUT_DIR=$OUTPUT_DIR/$SLURM_ARRAY_TASK_ID
+    set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
   fi
-fi
-read_hosts
-choose_master || requeue "no port for the ranks to meet"
-start_ranks train "${arguments[@]}" &
-wait_for $!
-judge_run "$last"
-say "ended with exit code $code"
-[ "$code" != 0 ] || exit 0
-[ "$asked" != TERM ] || exit "$code" # scancel, or a preemption, after which Slurm itself requeues
-if [ "$code" = "$STOPPED" ]; then
-  # Slurm's signals may reach srun's tasks without this script. A stop file that is of no signal is the user's.
-  if [ "$asked" = USR1 ] || [ -e "$signalled" ] || log_says "stops after step.*received SIG"; then requeue "stopped by a signal"; fi
-  exit "$code"
-fi
-requeue "failed with exit code $code"
+  unset HOSTFILE INCLUDE EXCLUDE MASTER_ADDR MASTER_PORT # of the shell that submitted it
+  starts=$OUTPUT_DIR/slurm/starts.txt signalled=$OUTPUT_DIR/slurm/signalled
+  mkdir -p "$OUTPUT_DIR/slurm" && touch "$starts" || exit
+  export OUTPUT_DIR GPUS_PER_NODE CONTAINER=${CONTAINER:-} SRUN_CPUS_PER_TASK=$CPUS_PER_GPU UNFIT=$OUTPUT_DIR/slurm/unfit.txt
+  step=$(newest_step)
+  count=$(starts_without_progress "$step")
+  if [ "$count" -gt "$MAX_RESTARTS" ]; then # Slurm itself requeues a job whose node has failed
+    say "error: $MAX_RESTARTS restarts brought it no farther than step $step; see $OUTPUT_DIR/log.txt, then submit it again"
+    exit 1
+  fi
+  echo "$job $restart $step $SLURM_JOB_NODELIST" >>"$starts"
+  say "on $SLURM_JOB_NODELIST, from step $step; $(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)"
+  read_experiment "$@"
+  begin_run
+  rm -f "$signalled"
+  [ -z "$asked" ] || ask_to_stop # begin_run has taken it for an old one
+  set -m # what is started gets signals from here only
+  if [ "${PREFLIGHT:-1}" != 0 ]; then
+    launch/preflight.sh &
+    wait_for $!
+    [ "$asked" != TERM ] || exit 143
+    [ "$asked" != USR1 ] || requeue "asked to leave before the training began"
+    if [ "$last" != 0 ]; then
+      code=$last
+      unfit=$(cat "$UNFIT")
+      requeue "not fit: ${unfit:-the nodes together}" "$unfit"
+    fi
+  fi
+  read_hosts
+  choose_master || requeue "no port for the ranks to meet"
+  start_ranks train "${arguments[@]}" &
+  wait_for $!
+  judge_run "$last"
+  say "ended with exit code $code"
+  [ "$code" != 0 ] || exit 0
+  [ "$asked" != TERM ] || exit "$code" # scancel, or a preemption, after which Slurm itself requeues
+  if [ "$code" = "$STOPPED" ]; then
+    # Slurm's signals may reach srun's tasks without this script. A stop file that is of no signal is the user's.
+    if [ "$asked" = USR1 ] || [ -e "$signalled" ] || log_says "stops after step.*received SIG"; then requeue "stopped by a signal"; fi
+    exit "$code"
+  fi
+  requeue "failed with exit code $code"
+}
+
+main "$@"

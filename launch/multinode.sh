@@ -34,8 +34,16 @@ read_experiment "$@"
 export OUTPUT_DIR CONTAINER=${CONTAINER:-}
 read_hosts
 check_experiment "$world"
-[ "${PREFLIGHT:-1}" = 0 ] || HOSTFILE=$hostfile launch/preflight.sh
+if [ "${PREFLIGHT:-1}" != 0 ]; then
+  set -m # a process group of its own, which ends with this script
+  HOSTFILE=$hostfile launch/preflight.sh &
+  checking=$!
+  trap 'kill -TERM -- "-$checking"; exit 143' INT TERM HUP
+  wait "$checking"
+  trap - INT TERM HUP
+  set +m
+fi
 choose_master
 beat=$(mktemp)
-supervise start_ranks train "${arguments[@]}"
-exit "$code"
+# In one line: bash reads a script while it runs it, and this one may be changed meanwhile.
+supervise start_ranks train "${arguments[@]}"; exit "$code"

@@ -59,6 +59,6 @@ fi
 check_experiment "$processes"
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 export NODE_SH_PID=$$ # when this script is killed, the run saves and ends as well
+# In one line: bash reads a script while it runs it, and this one may be changed meanwhile.
 supervise python -m deepspeed.launcher.runner --log_level warning "${place[@]}" --master_port "$port" --no_local_rank \
-  --module train "${arguments[@]}"
-exit "$code"
+  --module train "${arguments[@]}"; exit "$code"

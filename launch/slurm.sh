@@ -85,10 +85,10 @@ if [ -n "${TIME:-}" ]; then
     refuse "TIME: $TIME leaves no time to train before WARNING=$WARNING seconds of saving; give two minutes more than that"
 fi
 
-read_experiment "${overrides[@]}"
+read_experiment
 OUTPUT_DIR=$(realpath -m "$OUTPUT_DIR") # the job's own output, which Slurm opens, goes there
 case "$OUTPUT_DIR" in *[\"\\]*) refuse "OUTPUT_DIR: $OUTPUT_DIR: sbatch takes no \" or \\ in a path" ;; esac
-read_experiment "${overrides[@]}"
+read_experiment "${overrides[@]//%a/0}" # a task's number
 check_experiment $((NUM_NODES * GPUS_PER_NODE))
 
 job_script() {

@@ -40,7 +40,7 @@ supervise() {
   # shellcheck disable=SC2064 # the name as it is now
   for name in INT TERM USR1 HUP QUIT; do trap "take_signal $name" "$name"; done
   local last=0
-  while wait "$launcher" && last=0 || last=$?; kill -0 "$launcher" 2>/dev/null; do :; done # a signal ends a wait early
+  while wait "$launcher" 2>/dev/null && last=0 || last=$?; kill -0 "$launcher" 2>/dev/null; do :; done # a signal ends a wait early
   if [ "$last" != 0 ] || [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
     # When a signal has ended the launcher itself, its processes save first.
     local tenths

@@ -109,6 +109,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(start):
     assert "1 x cpu" in again.output
 
 
+def test_a_signal_while_it_looks_at_the_hosts_ends_it(start):
+    run = start(PREFLIGHT="1")
+    until(lambda: "train.trial_sum" in str(run.left()), 60, run.output)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.code(SECONDS) not in (0, INTERRUPTED) and run.nothing_is_left(SECONDS), run.left()
+    assert not (run.folder / "log.txt").exists()
+
+
 def test_a_second_signal_ends_it_at_once(start, tmp_path):
     hold(tmp_path / "run")
     run = start()

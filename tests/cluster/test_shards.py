@@ -122,8 +122,8 @@ def test_a_dry_run_prints_both_jobs(raw, tmp_path):
 @pytest.mark.parametrize(
     "more, environment, reason",
     [
-        (["--part", "1/2"], {}, "error: --part: the array's tasks get it; set the variable TASKS instead"),
-        (["--work", "4"], {}, "error: --workers: set the variable CPUS_PER_TASK instead"),
+        (["--part", "1/2"], {}, "error: --part: the tasks of the array get it; set the variable TASKS instead"),
+        (["--work", "4"], {}, "error: --work: set the variable CPUS_PER_TASK instead"),
         (["--colour"], {}, "unrecognized arguments: --colour"),
         (["--label-set", "nothing"], {}, "error: label set 'nothing': unknown"),
         (["--masks", "m"], {}, "error: --masks: belongs to --dataset pairs, not to facesynthetics"),

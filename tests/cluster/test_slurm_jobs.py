@@ -43,7 +43,7 @@ def test_a_node_that_is_not_fit_is_left_out(slurm, shards, tmp_path):
 def test_a_node_that_is_not_fit_but_needed_does_not_keep_the_job_waiting(slurm, shards, tmp_path):
     (tmp_path / "broken_node").write_text("n0")
     job = submit(
-        slurm, tmp_path, *settings(shards, 2), PREFLIGHT="1", NUM_NODES="3", GLOBAL_BATCH_SIZE="12", MAX_RESTARTS="1"
+        slurm, tmp_path, *settings(shards, 2, "global_batch_size=12"), PREFLIGHT="1", NUM_NODES="3", MAX_RESTARTS="1"
     )
     fields = slurm.wait(job, "FAILED", timeout=120)
     output = describe(tmp_path)
