@@ -45,5 +45,6 @@ if [ "${PREFLIGHT:-1}" != 0 ]; then
 fi
 choose_master
 beat=$(mktemp)
+trap 'rm -f "$beat"' EXIT
 # In one line: bash reads a script while it runs it, and this one may be changed meanwhile.
 supervise start_ranks train "${arguments[@]}"; exit "$code"

@@ -4,10 +4,15 @@
 STOPPED=75 # train.interrupt.INTERRUPTED
 
 begin_run() {
-  started=$(mktemp)
+  before=$(the_model)
   told=$(wc -l "$OUTPUT_DIR/log.txt" 2>/dev/null | cut -d ' ' -f 1) || told=0 # lines of the log
   rm -f "$OUTPUT_DIR/stop" # meant for a run before
 }
+
+# Which one lies there, if any: by what changes when another one takes its place.
+the_model() { stat --format '%i %y %s' "$OUTPUT_DIR/model.safetensors" 2>/dev/null || true; }
+
+is_finished() { local now; now=$(the_model); [ -n "$now" ] && [ "$now" != "$before" ]; }
 
 # Whether the log's newer lines have such words.
 log_says() { tail -n "+$((told + 1))" "$OUTPUT_DIR/log.txt" 2>/dev/null | grep -q "$1"; }
@@ -18,7 +23,7 @@ ask_to_stop() { mkdir -p "$OUTPUT_DIR" && touch "$OUTPUT_DIR/stop"; }
 # finished model proves the run.
 judge_run() {
   code=$1
-  if [ "$code" != 0 ] || [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
+  if [ "$code" != 0 ] || ! is_finished; then
     if log_says "stops after step"; then
       code=$STOPPED
     elif [ "$code" = 0 ]; then
@@ -26,7 +31,6 @@ judge_run() {
       code=1
     fi
   fi
-  rm -f "$started"
 }
 
 # Runs a launcher, "$@", to its end; sets `code`. A first signal asks the run to save and end, a second one ends it at once.
@@ -41,7 +45,7 @@ supervise() {
   for name in INT TERM USR1 HUP QUIT; do trap "take_signal $name" "$name"; done
   local last=0
   while wait "$launcher" 2>/dev/null && last=0 || last=$?; kill -0 "$launcher" 2>/dev/null; do :; done # a signal ends a wait early
-  if [ "$last" != 0 ] || [ ! "$OUTPUT_DIR/model.safetensors" -nt "$started" ]; then
+  if [ "$last" != 0 ] || ! is_finished; then
     # When a signal has ended the launcher itself, its processes save first.
     local tenths
     for ((tenths = 0; tenths < 700; tenths++)); do kill -0 -- "-$launcher" 2>/dev/null || break; sleep 0.1; done
