@@ -14,6 +14,16 @@ experiment_help() {
 TEXT
 }
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "error: bash $BASH_VERSION: 4.4 or newer is needed" >&2; exit 2; }
+
+# Of a job that this shell belongs to: a new job, or a run on other hosts, would take itself for that one.
+forget_outer_job() {
+  local name
+  for name in $(compgen -e SLURM_); do
+    case "$name" in SLURM_CONF | SLURM_CLUSTERS) ;; *) unset "$name" ;; esac
+  done
+}
+
 refuse() { echo "error: $*" >&2; exit 2; }
 
 # A path as YAML reads it back, whatever is in it: values of overrides are YAML.

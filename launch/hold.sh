@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # launch/hold.sh COMMAND...: runs it for a script on another machine, for as long as that is heard. Reads `export` lines for the
-# command's environment, a line RUN, and then an empty line each second. When none has come for 10 seconds (a cable is cut), when
+# command's environment, a line RUN, and then an empty line each second. When none has come for 15 seconds (a cable is cut), when
 # the line is END (the rest of the run has failed) or when no more can come (the script was killed), everything that the command
 # has started is ended; in the last case it may save before.
 set -uo pipefail
@@ -10,7 +10,7 @@ set -m # a process group for the command and all that it starts
 "$@" </dev/null 3<&- &
 command=$!
 {
-  while read -r -t 10 -u 3 line; heard=$?; [ "$heard" = 0 ] && [ "$line" != END ]; do :; done
+  while read -r -t 15 -u 3 line; heard=$?; [ "$heard" = 0 ] && [ "$line" != END ]; do :; done
   kill -TERM -- "-$command"
   patience=$((heard == 1 ? 600 : 30)) # tenths of a second
   while kill -0 -- "-$command" && [ $((patience -= 1)) -gt 0 ]; do sleep 0.1; done

@@ -10,13 +10,15 @@ hosts_help() {
   CONTAINER                     a command that Python is run by, as `apptainer exec --nv image.sif`
   PASS_ENV                      more names, or PREFIX_*, of environment variables that the hosts get. These they get anyway:
                                 PATH VIRTUAL_ENV LD_LIBRARY_PATH DS_ACCELERATOR SAPIENS_SEG_CACHE CONDA_* PYTHON* PYTORCH_*
-                                CUDA_* NCCL_* GLOO_* TORCH_* OMP_* MALLOC_* HF_* WANDB_*
+                                CUDA_* NCCL_* GLOO_* TORCH_* OMP_* MALLOC_* HF_* WANDB_* AWS_* FI_* UCX_* *_proxy *_PROXY
 TEXT
 }
 
+limit='' beat='' # not the environment's
 PASSED="PATH VIRTUAL_ENV LD_LIBRARY_PATH DS_ACCELERATOR SAPIENS_SEG_CACHE CONDA_* PYTHON* PYTORCH_* CUDA_* NCCL_* GLOO_* TORCH_* \
-OMP_* MALLOC_* HF_* WANDB_* OUTPUT_DIR CONTAINER"
-SEEN=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=3 -o ServerAliveCountMax=3)
+OMP_* MALLOC_* HF_* WANDB_* AWS_* FI_* UCX_* *_proxy *_PROXY OUTPUT_DIR CONTAINER"
+# A connection of its own, whose end is seen.
+SEEN=(-o ControlMaster=no -o ControlPath=none -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=3 -o ServerAliveCountMax=3)
 
 in_slurm() { [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${HOSTFILE:-}" ]; }
 
@@ -28,12 +30,26 @@ read_hosts() {
   if in_slurm; then
     found=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for name in $found; do echo "$name slots=$GPUS_PER_NODE"; done >"$hostfile"
+    found=$(sed 's/slots=//' "$hostfile")
   else
     # DeepSpeed itself only warns that there is no hostfile, and trains on one machine.
     [ -s "${HOSTFILE:=hostfile}" ] || refuse "HOSTFILE: $HOSTFILE: no such file, or empty; write lines as: worker-1 slots=8"
     [ "$HOSTFILE" -ef "$hostfile" ] || cp "$HOSTFILE" "$hostfile" # where all hosts see it
+    found=$(hosts_of "$hostfile") || exit 2
   fi
-  found=$(DS_ACCELERATOR=cpu python - "$hostfile" "${INCLUDE:-}" "${EXCLUDE:-}" <<'PYTHON'
+  while read -r host count; do
+    hosts+=("$host") slots+=("$count")
+    world=$((world + count)) places+=${places:+,}$host:$count
+  done <<<"$found"
+  case "${#hosts[@]} ${hosts[0]}" in
+    1\ *) ;;
+    *\ localhost | *\ 127.*) refuse "HOSTFILE: ${hosts[0]}: means another host on each; give the name that the others reach it by" ;;
+  esac
+}
+
+# Lines HOST SLOTS, as DeepSpeed reads a hostfile.
+hosts_of() {
+  DS_ACCELERATOR=cpu python - "$1" "${INCLUDE:-}" "${EXCLUDE:-}" <<'PYTHON'
 import logging, sys
 from deepspeed.launcher import runner
 logging.disable()
@@ -45,11 +61,6 @@ except (ValueError, AssertionError) as error:
 for host, slots in found.items():
     print(host, len(slots))
 PYTHON
-  ) || exit 2
-  while read -r host count; do
-    hosts+=("$host") slots+=("$count")
-    world=$((world + count)) places+=${places:+,}$host:$count
-  done <<<"$found"
 }
 
 # Whether this script still runs: once killed it may be there for a while, waited for by nobody.
@@ -58,18 +69,19 @@ alive() {
   read -r _ _ state _ <"/proc/$$/stat" && [ "$state" != Z ]
 }
 
-# on_host I COMMAND...: run there, in this folder, until it has ended or this script has, or for LIMIT seconds.
+# on_host I COMMAND...: run there, in this folder, until it has ended or this script has, or for `limit` seconds.
 on_host() {
   local host=${hosts[$1]}
   shift
   if in_slurm; then
-    ${LIMIT:+timeout "$LIMIT"} srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$host" --cpu-bind=none "$@"
+    ${limit:+timeout "$limit"} srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$host" --cpu-bind=none "$@"
     return
   fi
   {
-    local name pattern
+    local name pattern patterns
+    read -r -a patterns <<<"$PASSED ${PASS_ENV:-}"
     for name in $(compgen -e); do
-      for pattern in $PASSED ${PASS_ENV:-}; do
+      for pattern in "${patterns[@]}"; do
         # shellcheck disable=SC2053 # a pattern
         if [[ $name == $pattern ]]; then echo "export $name=${!name@Q}"; break; fi
       done
@@ -79,18 +91,24 @@ on_host() {
     # As long as this script lives, and nobody has taken the file away that lets it go on.
     while [ -e "${beat:-/}" ] && alive && echo; do sleep 1; done 2>/dev/null
     [ -e "${beat:-/}" ] || echo END 2>/dev/null || :
-  } | ${LIMIT:+timeout "$LIMIT"} ssh -T "${SEEN[@]}" ${SSH_PORT:+-p "$SSH_PORT"} "$host" "cd ${PWD@Q} && exec bash --norc launch/hold.sh ${*@Q}"
+  } | ${limit:+timeout "$limit"} ssh -T "${SEEN[@]}" ${SSH_PORT:+-p "$SSH_PORT"} "$host" "cd ${PWD@Q} && exec bash launch/hold.sh ${*@Q}"
 }
 
 # As on_host, with every line that it prints under the host's name.
 on_host_by_name() { on_host "$@" 2>&1 | sed -u "s|^|${hosts[$1]}: |"; }
 
-# on_each_host COMMAND...: {HOST} and {SLOTS} in it are the host's. Output goes through as it is.
+# on_each_host COMMAND...: the words {HOST} and {SLOTS} in it are the host's. Output goes through as it is.
 on_each_host() {
   local i words word
   for i in "${!hosts[@]}"; do
     words=()
-    for word in "$@"; do word=${word//\{HOST\}/${hosts[i]}} words+=("${word//\{SLOTS\}/${slots[i]}}"); done
+    for word in "$@"; do
+      case "$word" in
+        "{HOST}") words+=("${hosts[i]}") ;;
+        "{SLOTS}") words+=("${slots[i]}") ;;
+        *) words+=("$word") ;;
+      esac
+    done
     on_host "$i" "${words[@]}" 2>&1 &
   done
   wait
@@ -120,18 +138,18 @@ start_ranks() {
   runner+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_python)
   if in_slurm; then
     # One that fails ends the others, which would wait for it.
-    local each=(srun --kill-on-bad-exit=1 --nodes="${#hosts[@]}" --label)
+    local each=(srun --kill-on-bad-exit=1 --nodes="${#hosts[@]}" --label --distribution=block)
     if [ "${LAUNCHER:-srun}" = srun ]; then
       "${each[@]}" --ntasks="$world" --ntasks-per-node="$GPUS_PER_NODE" launch/rank.sh "$@"
     else
-      "${each[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 --cpu-bind=none launch/node_task.sh \
-        "${runner[@]}" --node_rank NODE_RANK launch/rank.sh "$@"
+      "${each[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 --cpu-bind=none \
+        --cpus-per-task=$((${CPUS_PER_GPU:-1} * GPUS_PER_NODE)) launch/node_task.sh "${runner[@]}" --node_rank NODE_RANK launch/rank.sh "$@"
     fi
     return
   fi
   [ -z "${INCLUDE:-}" ] || runner+=(--include "$INCLUDE")
   [ -z "${EXCLUDE:-}" ] || runner+=(--exclude "$EXCLUDE")
-  local i first=0 code=0 one processes=() ranks=() until=''
+  local i first=0 code=0 one processes=() ranks=() deadline=''
   [ -n "${beat:-}" ] || beat=$(mktemp) # without it the hosts end what runs there: launch/hold.sh
   for i in "${!hosts[@]}"; do
     on_host_by_name "$i" "${runner[@]}" --node_rank "$i" launch/rank.sh "$@" &
@@ -145,10 +163,10 @@ start_ranks() {
       wait "${processes[i]}" && one=0 || one=$?
       unset 'processes[i]'
       if [ "$one" = 0 ] || [ "$code" != 0 ]; then continue; fi
-      code=$one until=$((SECONDS + (one == STOPPED ? 30 : 3))) # the others may end by themselves
+      code=$one deadline=$((SECONDS + (one == STOPPED ? 30 : 3))) # the others may end by themselves
       [ "$one" = "$STOPPED" ] || echo "error: host ${hosts[i]} (ranks ${ranks[i]}): ended with exit code $one$(meaning "$one")" >&2
     done
-    if [ -n "$until" ] && [ "$SECONDS" -ge "$until" ]; then rm -f "$beat"; fi
+    if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then rm -f "$beat"; fi
   done
   rm -f "$beat"
   return "$code"
@@ -156,7 +174,7 @@ start_ranks() {
 
 meaning() {
   case "$1" in
-    255) echo ": cannot be reached any more, or not at all" ;;
+    255) echo ": ssh failed: cannot be reached any more, or not at all" ;;
     *) echo "; why stands above, and in $OUTPUT_DIR/ranks" ;;
   esac
 }

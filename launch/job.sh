@@ -13,6 +13,7 @@ late=
 # shellcheck disable=SC2317 # a trap calls it
 ask() {
   asked=$1
+  mkdir -p "$OUTPUT_DIR/slurm" && touch "$OUTPUT_DIR/slurm/signalled" # the file is not the user's
   ask_to_stop
 }
 cd "$(dirname "$0")/.." || exit
@@ -51,8 +52,8 @@ requeue() {
   say "requeued, to go on from step $step: $1"
   for ((try = 0; try < 24; try++)); do
     if scontrol requeue "$job"; then
+      rm -f "$OUTPUT_DIR/stop" "$signalled" # a stop file that comes from now on is the user's
       [ -z "${2:-}" ] || leave_out "$2"
-      sleep 100 # until Slurm ends it
       exit "$STOPPED"
     fi
     sleep 5
@@ -86,8 +87,8 @@ leave_out() {
 # no job that has reached its limit.
 watch_the_limit() {
   local end now
-  end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
-  end=$(date -d "$end" +%s) || return
+  end=$(SLURM_TIME_FORMAT=standard scontrol show job "$job" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
+  end=$(date -d "$end" +%s) || { say "no end of the job is known: its time limit is not watched"; return; }
   printf -v now '%(%s)T' -1
   [ "$((end - 30 - now))" -le 0 ] || sleep "$((end - 30 - now))"
   kill -ALRM $$
@@ -117,6 +118,7 @@ main() {
     set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
   fi
   unset HOSTFILE INCLUDE EXCLUDE MASTER_ADDR MASTER_PORT # of the shell that submitted it
+  export SLURM_EXPORT_ENV=ALL # whatever the job got, srun passes on
   starts=$OUTPUT_DIR/slurm/starts.txt signalled=$OUTPUT_DIR/slurm/signalled
   mkdir -p "$OUTPUT_DIR/slurm" && touch "$starts" || exit
   export OUTPUT_DIR GPUS_PER_NODE CONTAINER=${CONTAINER:-} SRUN_CPUS_PER_TASK=$CPUS_PER_GPU UNFIT=$OUTPUT_DIR/slurm/unfit.txt
@@ -128,10 +130,15 @@ main() {
   fi
   echo "$job $restart $step $SLURM_JOB_NODELIST" >>"$starts"
   say "on $SLURM_JOB_NODELIST, from step $step; $(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)"
+  if [ "$restart" -gt 0 ] && [ -e "$OUTPUT_DIR/stop" ] && [ ! -e "$signalled" ]; then
+    say "$OUTPUT_DIR/stop is there: ends"
+    rm -f "$OUTPUT_DIR/stop"
+    exit "$STOPPED"
+  fi
   read_experiment "$@"
-  begin_run
   rm -f "$signalled"
-  [ -z "$asked" ] || ask_to_stop # begin_run has taken it for an old one
+  begin_run
+  [ -z "$asked" ] || ask "$asked" # begin_run has taken it for an old one
   set -m # what is started gets signals from here only
   if [ "${PREFLIGHT:-1}" != 0 ]; then
     launch/preflight.sh &
@@ -141,6 +148,7 @@ main() {
     if [ "$last" != 0 ]; then
       code=$last
       unfit=$(cat "$UNFIT")
+      unfit=${unfit%,}
       requeue "not fit: ${unfit:-the nodes together}" "$unfit"
     fi
   fi

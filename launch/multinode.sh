@@ -20,6 +20,7 @@ TEXT
   cat <<'TEXT'
   NCCL_PROFILE                  infiniband, ethernet or debug
   PREFLIGHT                     0: do not look at the hosts before the start (launch/preflight.sh)
+  PREFLIGHT_TIMEOUT             seconds that a host has to answer then, and all processes to meet (default 300)
 
 DS_ACCELERATOR=cpu trains in CPU processes. Each process's output is in OUTPUT_DIR/ranks.
 
@@ -28,7 +29,7 @@ TEXT
 }
 
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
-unset SLURM_JOB_ID # of a shell inside a job: the hosts are the hostfile's
+forget_outer_job
 source launch/environment.sh
 read_experiment "$@"
 export OUTPUT_DIR CONTAINER=${CONTAINER:-}

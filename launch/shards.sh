@@ -58,6 +58,7 @@ source launch/environment.sh
 for argument in "${arguments[@]}"; do
   case "$argument" in
     --pa*) refuse "$argument: the tasks of the array get it; set the variable TASKS instead" ;;
+    --ch*) refuse "$argument: use --dry-run" ;;
     --w*) refuse "$argument: set the variable CPUS_PER_TASK instead" ;;
   esac
 done
@@ -95,6 +96,7 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 command -v sbatch >/dev/null || refuse "there is no sbatch here; submit from a machine of the cluster"
+forget_outer_job
 sbatch --test-only "${flags[@]}" <<<"$array" || refuse "Slurm would not take the array: see above. PARTITION, TIME, TASKS," \
   "CPUS_PER_TASK or the flags behind -- ask for what it does not have"
 mkdir -p "$out/slurm"

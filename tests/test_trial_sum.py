@@ -54,13 +54,17 @@ def test_two_processes_sum():
     assert re.fullmatch(r"all-reduce of 8 MB over 2 processes: \S+ s, (\d+\.\d) GB/s bus bandwidth\n", first[1])
 
 
-def test_a_sum_and_a_clock_that_are_wrong_are_named():
+def test_a_sum_and_a_clock_that_are_wrong_are_named(tmp_path):
     port = free_port()
     later = "import time; now = time.time; time.time = lambda: now() + 12"
     wrong = "import torch.distributed as dist; dist.all_reduce = lambda values: values.add_(5)"
     first, second = ended(
-        *(rank(i, "n0:1,n1:1", port, "--megabytes", 1, first=code) for i, code in ((0, wrong), (1, f"{later};{wrong}")))
+        *(
+            rank(i, "n0:1,n1:1", port, "--megabytes", 1, "--unfit", tmp_path / "unfit", first=code)
+            for i, code in ((0, wrong), (1, f"{later};{wrong}"))
+        )
     )
+    assert sorted((tmp_path / "unfit").read_text().split(",")) == ["", "n0", "n1"]
     assert first[0] == second[0] == 1 and second[1:] == ("", "")
     sums, more, clock = first[2].splitlines()
     assert sums.startswith("error: rank 0 (n0): the sums of 1 MB are wrong; ") and more.startswith(
@@ -69,8 +73,10 @@ def test_a_sum_and_a_clock_that_are_wrong_are_named():
     assert clock.startswith("error: n1: its clock is 12 s ahead; ")
 
 
-def test_one_rank_of_two_does_not_come():
-    ((code, output, told),) = ended(rank(0, "n0:1,n1:1", free_port(), "--timeout", 3))
+def test_one_rank_of_two_does_not_come(tmp_path):
+    unfit = tmp_path / "unfit"
+    ((code, output, told),) = ended(rank(0, "n0:1,n1:1", free_port(), "--timeout", 3, "--unfit", unfit))
+    assert unfit.read_text() == "n1,"
     assert code == 1 and not output and told.startswith("error: rank 1 (n1) did not come within 3 s; ") and told.count("\n") == 1
 
 
@@ -142,11 +148,12 @@ def test_a_clock_that_is_off_is_named(count, slots, data):
     # With two hosts the first is right, whichever was changed.
     named, by = (HOSTS[1], -seconds) if count == 2 and off == HOSTS[0] else (off, seconds)
     if abs(seconds) > 6 and count > 1:
-        (sentence,) = told
+        ((host, sentence),) = told.items()
+        assert host == named
         way, amount = re.match(rf"{re.escape(named)}: its clock is (\d+) s (ahead|behind); ", sentence).group(2, 1)
         assert way == ("ahead" if by > 0 else "behind") and abs(int(amount) - abs(by)) <= 1
     elif abs(seconds) < 4 or count == 1:
-        assert told == []
+        assert told == {}
 
 
 def test_bandwidth_is_counted_as_in_nccl_tests():

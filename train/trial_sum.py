@@ -1,4 +1,4 @@
-"""python -m train.trial_sum --places n0:8,n1:8 [--megabytes 64] [--timeout 60]
+"""python -m train.trial_sum --places n0:8,n1:8 [--megabytes 64] [--timeout 60] [--unfit FILE]
 
 In every process of a job, as a launcher starts them: do all come, do their sums arrive, how fast, and do their hosts' clocks
 agree? Without the model and DeepSpeed, so that a host or a network that does not work is named, within the timeout. Exit code:
@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before the import: it tells each failed connection with a stack trace
@@ -43,6 +44,7 @@ class Member:
     port: int
     device: torch.device
     timeout: float  # seconds, of each stage
+    unfit: Path | None  # where the names of unfit hosts go
 
     @property
     def size(self) -> int:
@@ -50,6 +52,13 @@ class Member:
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.hosts[self.rank]})"
+
+
+def blame(member: Member, hosts: Iterable[str]) -> None:
+    """Note unfit hosts in the file for them, with a comma behind each."""
+    if member.unfit:
+        with member.unfit.open("a") as file:
+            file.write("".join(f"{host}," for host in hosts))
 
 
 def leave(*messages: str) -> NoReturn:
@@ -60,17 +69,17 @@ def leave(*messages: str) -> NoReturn:
 
 
 @contextmanager
-def within(seconds: float, message: str) -> Iterator[None]:
+def within(seconds: float, message: str, end: Callable[[str], NoReturn] = leave) -> Iterator[None]:
     """Ends the process with the message when the block takes longer, or torch gives up in it. Collectives have timeouts of their
     own, but NCCL's end in an abort with a stack trace, and a store's connection takes up to three times its."""
-    timer = threading.Timer(seconds, leave, [message])
+    timer = threading.Timer(seconds, end, [message])
     timer.daemon = True
     timer.start()
     try:
         yield
     except (RuntimeError, OSError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        leave(f"{message} [{told}]")
+        end(f"{message} [{told}]")
     finally:
         timer.cancel()
 
@@ -100,6 +109,7 @@ def meet(member: Member) -> dist.TCPStore:
         missing = _wait_for_all(member, store)
         store.set("all are here", "no" if missing else "yes")
         if missing:
+            blame(member, {member.hosts[rank] for rank in missing})
             time.sleep(1)  # the others still ask the store
             leave(*missing_ranks(missing, member))
     else:
@@ -171,24 +181,29 @@ def gather(member: Member, right: bool) -> tuple[list[float], list[int]]:
     return clocks, [rank for rank, good in enumerate(rights) if not good]
 
 
-def wrong_clocks(clocks: list[float], hosts: list[str]) -> list[str]:
-    """A sentence for each host whose clock, in seconds, is far from the median of all hosts'. Both lists are of the ranks."""
+def wrong_clocks(clocks: list[float], hosts: list[str]) -> dict[str, str]:
+    """{host: sentence} of those whose clock, in seconds, is far from the median of all hosts'. Both lists are of the ranks."""
     of_hosts = {host: statistics.median(c for c, h in zip(clocks, hosts, strict=True) if h == host) for host in hosts}
     middle = statistics.median_low(of_hosts.values()), statistics.median_high(of_hosts.values())
     true = min(middle, key=lambda clock: abs(clock - of_hosts[hosts[0]]))  # of two hosts the first is right
-    return [
-        f"{host}: its clock is {abs(clock - true):.0f} s {'ahead' if clock > true else 'behind'}; set it by NTP "
+    return {
+        host: f"{host}: its clock is {abs(clock - true):.0f} s {'ahead' if clock > true else 'behind'}; set it by NTP "
         "(timedatectl set-ntp true), or leave the host out"
         for host, clock in of_hosts.items()
         if abs(clock - true) > CLOCKS_AGREE
-    ]
+    }
 
 
 def try_sums(member: Member, megabytes: int) -> None:
     """Join the process group and sum; tell on rank 0 how fast, or all that is wrong."""
     on_gpu = member.device.type == "cuda"
     if on_gpu:
-        with within(member.timeout, f"{member}: its GPU does not start; see nvidia-smi there, or leave the host out"):
+        def own_fault(message: str) -> NoReturn:
+            blame(member, [member.hosts[member.rank]])
+            leave(message)
+
+        told = f"{member}: its GPU does not start; see nvidia-smi there, or leave the host out"
+        with within(member.timeout, told, own_fault):
             torch.cuda.set_device(member.device)
             torch.zeros(1, device=member.device)
     store = meet(member)
@@ -203,17 +218,20 @@ def try_sums(member: Member, megabytes: int) -> None:
         f"rank {rank} ({member.hosts[rank]}): the sums of {megabytes} MB are wrong; leave the host out, or try NCCL_P2P_DISABLE=1"
         for rank in wrong
     ]
-    problems += wrong_clocks(clocks, member.hosts)
+    clocks_off = wrong_clocks(clocks, member.hosts)
+    problems += clocks_off.values()
     if member.rank == 0:
         told = f"{seconds:.2g} s, {bus_bandwidth(megabytes * 10**6, seconds, member.size):.1f} GB/s bus bandwidth"
         print(f"all-reduce of {megabytes} MB over {member.size} processes: {told}", flush=True)
     if problems:
+        if member.rank == 0:
+            blame(member, {member.hosts[rank] for rank in wrong} | clocks_off.keys())
         leave(*problems if member.rank == 0 else ())
     with within(member.timeout, f"{member}: the processes do not part"):
         dist.destroy_process_group()
 
 
-def join(hosts: list[str], timeout: float) -> Member:
+def join(hosts: list[str], timeout: float, unfit: Path | None) -> Member:
     """This process's place by the launcher's variables. Raises ValueError for those that do not fit."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if absent := [name for name in names if name not in os.environ]:
@@ -229,7 +247,7 @@ def join(hosts: list[str], timeout: float) -> Member:
         if local_rank >= (count := torch.cuda.device_count()):
             raise ValueError(f"rank {rank} ({hosts[rank]}): LOCAL_RANK {local_rank}, but {count} GPUs; give it fewer slots")
         device = torch.device("cuda", local_rank)
-    return Member(rank, hosts, os.environ["MASTER_ADDR"], port, device, timeout)
+    return Member(rank, hosts, os.environ["MASTER_ADDR"], port, device, timeout, unfit)
 
 
 def main() -> None:
@@ -237,9 +255,10 @@ def main() -> None:
     parser.add_argument("--places", type=parse_places, required=True, help="host:processes,... in the order of the ranks")
     parser.add_argument("--megabytes", type=whole_number(1), default=64, help="of each sum (64)")
     parser.add_argument("--timeout", type=whole_number(1), default=60, help="seconds that each stage has (60)")
+    parser.add_argument("--unfit", type=Path, help="file to which the names of unfit hosts are added, with a comma behind each")
     args = parser.parse_args()
     try:
-        member = join(hosts_of_ranks(args.places), args.timeout)
+        member = join(hosts_of_ranks(args.places), args.timeout, args.unfit)
     except ValueError as error:
         parser.error(str(error))
     try_sums(member, args.megabytes)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.packages import needed
 from tests.conftest import ROOT, python
 
 SCRIPT = ROOT / "launch" / "shards.sh"
@@ -155,9 +154,3 @@ def test_the_help_names_every_variable():
     assert done.returncode == 0
     for name in ("TASKS", "CPUS_PER_TASK", "PARTITION", "TIME", "VENV", "CONDA_ENV", "--dry-run"):
         assert name in done.stdout
-
-
-def test_shellcheck_has_nothing_to_say():
-    needed("shellcheck")
-    done = subprocess.run(["shellcheck", "-x", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout

@@ -87,6 +87,28 @@ def test_wandb_goes_on_in_the_same_run(slurm, shards, tmp_path):
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(STEPS))
 
 
+def test_a_stop_file_ends_a_job_that_waits_for_its_restart(slurm, shards, tmp_path):
+    hold(tmp_path)
+    job = submit(slurm, tmp_path, *settings(shards, 2))
+    until_held(tmp_path)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    until((tmp_path / "stop").exists, 30, "the signal was not heard")
+    let_go(tmp_path)
+    slurm.wait(job, "PENDING", timeout=60)
+    (tmp_path / "stop").touch()
+    fields = slurm.wait(job, "FAILED", timeout=60)
+    assert fields["ExitCode"] == "75:0" and fields["Restarts"] == "1" and "stop is there: ends" in describe(tmp_path)
+    assert "resumed" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_job_is_not_taken_for_the_one_that_it_was_submitted_from(slurm, shards, tmp_path):
+    outer = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "9"}
+    outer |= {"SLURM_CPU_BIND": "nonsense", "SLURM_NTASKS": "5", "HOSTFILE": "/nowhere", "MASTER_ADDR": "192.0.2.1", "limit": "1"}
+    job = submit(slurm, tmp_path, *settings(shards, 2), **outer)
+    slurm.wait(job, "COMPLETED", timeout=120)
+    assert f"job {job}, start 0: ended with exit code 0" in describe(tmp_path) and (tmp_path / "model.safetensors").is_file()
+
+
 def test_slurm_is_asked_before_a_job_is_submitted(slurm, shards, tmp_path):
     with pytest.raises(AssertionError, match="Slurm would not take the job"):
         submit(slurm, tmp_path, *settings(shards, 2), PARTITION="nowhere")
