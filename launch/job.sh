@@ -84,13 +84,14 @@ leave_out() {
 }
 
 # What is not saved 30 seconds before the time limit must be requeued by then, to go on from the last checkpoint: Slurm requeues
-# no job that has reached its limit.
+# no job that has reached its limit. A limit that is nearer than any WARNING is that of a preemption, which leaves less time.
 watch_the_limit() {
-  local end now
+  local end now rest
   end=$(SLURM_TIME_FORMAT=standard scontrol show job "$job" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
   end=$(date -d "$end" +%s) || { say "no end of the job is known: its time limit is not watched"; return; }
   printf -v now '%(%s)T' -1
-  [ "$((end - 30 - now))" -le 0 ] || sleep "$((end - 30 - now))"
+  rest=$((end - now > 60 ? end - now - 30 : end - now - 3))
+  [ "$rest" -le 0 ] || sleep "$rest"
   kill -ALRM $$
 }
 

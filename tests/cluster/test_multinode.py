@@ -168,7 +168,7 @@ def test_a_cable_that_is_cut_ends_the_run_on_both_hosts(start, hosts, tmp_path):
     cut = time.monotonic()
     assert run.code(SECONDS + 10) not in (0, INTERRUPTED), run.output
     assert run.nothing_is_left(max(1, cut + SECONDS - time.monotonic())), run.left()
-    words = f"error: host {hosts.addresses[1]} (ranks 1 to 1): ended with exit code 255: cannot be reached"
+    words = f"error: host {hosts.addresses[1]} (ranks 1 to 1): ended with exit code 255: ssh failed"
     assert words in run.output, run.output
 
 

@@ -20,12 +20,12 @@ def asked(slurm: Slurm, job: str, folder: Path) -> None:
     slurm.run("scancel", "--batch", "--signal=USR1", job)
 
 
-def starts_again(slurm: Slurm, job: str) -> None:
+def starts_again(slurm: Slurm, job: str, timeout: float = 60) -> None:
     def running_again() -> bool:
         fields = slurm.job(job)
         return fields["Restarts"] == "1" and fields["JobState"] == "RUNNING"
 
-    until(running_again, 60, "not requeued")
+    until(running_again, timeout, "not requeued")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")  # its earlier end was a shorter limit, for all starts
 
 
@@ -102,10 +102,10 @@ def test_what_cannot_be_saved_before_the_limit_is_requeued_from_the_last_checkpo
     hold(tmp_path)
     job = submit(slurm, tmp_path, *settings(shards, 2, "checkpoint.every_steps=1"))
     until_held(tmp_path)
-    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+45")
-    starts_again(slurm, job)
+    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+100")
+    starts_again(slurm, job, timeout=120)
     let_go(tmp_path)
-    slurm.wait(job, "COMPLETED", timeout=120)
+    slurm.wait(job, "COMPLETED", timeout=100)
     assert "the time limit is here" in describe(tmp_path)
     assert re.search(r"resumed at step [1-4] ", (tmp_path / "log.txt").read_text()), describe(tmp_path)
     assert_same(tmp_path, expected)
