@@ -15,7 +15,8 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
 def slurm(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
+    # Importing train.engine, as other tests of this process do, sets DS_ACCELERATOR where there is no GPU.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "", **variables}
     return subprocess.run(["launch/slurm.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
