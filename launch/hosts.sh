@@ -14,7 +14,7 @@ hosts_help() {
 TEXT
 }
 
-limit='' beat='' # not the environment's
+limit='' # not the environment's
 PASSED="PATH VIRTUAL_ENV LD_LIBRARY_PATH DS_ACCELERATOR SAPIENS_SEG_CACHE CONDA_* PYTHON* PYTORCH_* CUDA_* NCCL_* GLOO_* TORCH_* \
 OMP_* MALLOC_* HF_* WANDB_* AWS_* FI_* UCX_* *_proxy *_PROXY OUTPUT_DIR CONTAINER"
 # A connection of its own, whose end is seen.

@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 STOPPED=75 # train.interrupt.INTERRUPTED
+beat=''    # not the environment's: what launch/hosts.sh keeps hosts going by
 
 begin_run() {
   before=$(the_model)
