@@ -28,6 +28,7 @@ endif
 	if [ $$gpus = 0 ]; then n=$(PROCESSES); devices=$$(seq -s, 0 $$((n - 1))); fi; micro=$$(((7 + n) / n)); \
 	PATH="$(CURDIR)/.venv/bin:$$PATH" CONFIG=train/configs/demo.yaml OUTPUT_DIR=$(DEMO)/run DEVICES=$$devices \
 	TRAIN_BATCH_SIZE_PER_GPU=$$micro GLOBAL_BATCH_SIZE=$$((micro * n)) launch/node.sh
+	$(RUN) -m train.report $(DEMO)/run
 
 test: .venv/ready
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal

@@ -49,7 +49,7 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     with_pairs = scores("with", True, sys.argv[1:])
     without = scores("without", False, sys.argv[1:])
-    sided = [f"val/iou/{side}_{part}" for part in SIDED for side in ("Left", "Right")]
+    sided = [f"iou/{side}_{part}" for part in SIDED for side in ("Left", "Right")]
     print(f"\n{'IoU':<12} with pairs   without")
     for key in (*sided, "val/miou"):
         print(f"{key.split('/')[-1]:<12} {with_pairs[key]:10.3f} {without[key]:9.3f}")

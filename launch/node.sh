@@ -30,7 +30,9 @@ read_experiment "$@"
 [[ ${DEVICES:-0} =~ ^[0-9]+(,[0-9]+)*,?$ ]] || refuse "DEVICES: '$DEVICES' is not a list of numbers as 0,1,2"
 
 case "${mode:-multi-gpu}" in
-  debug) [ -z "${DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=${DEVICES%%,*}; exec python -m train "${arguments[@]}" data.workers=0 ;;
+  debug)
+    [ -z "${DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=${DEVICES%%,*}
+    exec python -m train "${arguments[@]}" data.workers=0 guard.hang_minutes=null ;;
   multi-gpu) ;;
   *) refuse "mode: '$mode' is neither multi-gpu nor debug" ;;
 esac

@@ -34,7 +34,7 @@ def hashing(fit: Callable) -> Callable:
             evaluating.unlink()
             return result
 
-        def step(engine, micro_batches, loss, job) -> float:
+        def step(engine, micro_batches, loss, job, *others) -> tuple:
             samples = [
                 hashlib.sha256(image.numpy().tobytes() + label.numpy().tobytes() + seed.numpy().tobytes()).hexdigest()
                 for batch in micro_batches
@@ -43,7 +43,7 @@ def hashing(fit: Callable) -> Callable:
             line = {"step": training.state.step, "rank": job.rank, "world": job.world_size, "samples": samples}
             with (training.config.output_dir / f"batches_{job.rank}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            return train_step(engine, micro_batches, loss, job)
+            return train_step(engine, micro_batches, loss, job, *others)
 
         train.loop.train_step, training._validate = step, marked_validate
         return fit(training)

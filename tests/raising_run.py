@@ -13,7 +13,7 @@ KINDS = {kind.__name__: kind for kind in (ValueError, DataError, OutOfMemoryErro
 train_step = train.loop.train_step
 
 
-def step(engine, *arguments: object) -> float:
+def step(engine, *arguments: object) -> tuple:
     if engine.global_rank == engine.world_size - 1 and engine.global_steps == 5:
         raise KINDS[os.environ["RAISES"]]("broken on purpose")
     return train_step(engine, *arguments)

@@ -48,9 +48,9 @@ def by_color(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("keep_aspect", [True, False])
 def test_a_perfect_network_scores_so_whatever_the_shapes(shards, keep_aspect):
-    scores, rows = evaluate(by_color, shards, (256, 192), torch.device("cpu"), batch_size=2, keep_aspect=keep_aspect)
-    assert scores.miou > 0.97 and len(rows) == 5
-    assert all(prediction.shape == label.shape == image.shape[:2] for image, label, prediction in rows)
+    scores, shown = evaluate(by_color, shards, (256, 192), torch.device("cpu"), batch_size=2, keep_aspect=keep_aspect)
+    assert scores.miou > 0.97 and [len(group) for group in shown.values()] == [5, 5, 5]
+    assert all(one.prediction.shape == one.truth.shape == one.photo.shape[:2] for one in shown["examples"])
 
 
 def test_the_network_sees_shapes_as_asked(shards):
@@ -70,8 +70,8 @@ def test_the_network_sees_shapes_as_asked(shards):
 def test_classes_that_a_set_cannot_show_are_no_answer(shards):
     partly = ShardSet.open(shards.location)
     partly.labelled = (0, 1, 2)
-    scores, rows = evaluate(by_color, partly, (256, 192), torch.device("cpu"))
-    assert scores.predicted[3] == 0 and scores.true[3] > 0 and not any((row[2] == 3).any() for row in rows)
+    scores, shown = evaluate(by_color, partly, (256, 192), torch.device("cpu"))
+    assert scores.predicted[3] == 0 and scores.true[3] > 0 and not any((one.prediction == 3).any() for one in shown["examples"])
 
 
 @pytest.mark.parametrize(("option", "number", "least"), [("--batch-size", "0", 1), ("--workers", "some", 0)])

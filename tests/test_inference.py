@@ -77,10 +77,11 @@ def test_masks_equal_those_that_are_scored(tmp_path, keep_aspect):
     options = ["--dataset", "pairs", "--root", tmp_path, "--label-set", tmp_path / "set.yaml", "--out", tmp_path / "out"]
     assert build_shards([str(option) for option in [*options, "--val-fraction", 0, "--workers", 1]]) == 0
     shards = ShardSet.open(tmp_path / "out" / "train")
-    _, rows = evaluate(MODEL, shards, SIZE, torch.device("cpu"), batch_size=2, keep_aspect=keep_aspect)
+    _, shown = evaluate(MODEL, shards, SIZE, torch.device("cpu"), batch_size=2, keep_aspect=keep_aspect)
     images = [read_image(path) for path in find_images([str(tmp_path / "images")])]
-    assert same(images, [row[0] for row in rows]) and len(rows) == 4
-    assert same(masks(Predictor(MODEL, keep_aspect), images, batch_size=2), [row[2] for row in rows])
+    examples = shown["examples"]
+    assert same(images, [one.photo for one in examples]) and len(examples) == 4
+    assert same(masks(Predictor(MODEL, keep_aspect), images, batch_size=2), [one.prediction for one in examples])
 
 
 def test_the_mirror_image_counts_as_much_with_its_classes_exchanged():

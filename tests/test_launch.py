@@ -58,8 +58,8 @@ def test_two_processes_train_and_leave_everything(finished):
     assert "mIoU" in output and str(folder / "model.safetensors") in output
     log = (folder / "log.txt").read_text()
     assert "step 3/3  loss" in log and "images/s" in log and "ETA" in log and "mIoU" in log
-    assert {"config.yaml", "metrics.jsonl", "pictures", "checkpoints"} <= {path.name for path in folder.iterdir()}
-    picture = next((folder / "pictures").iterdir())
+    assert {"config.yaml", "metrics.jsonl", "validation", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    picture = next((folder / "validation").iterdir()) / "examples.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in output
 
 

@@ -57,6 +57,17 @@ def test_parts_of_a_batch_have_shares_that_add_up():
     torch.testing.assert_close(cut.grad, whole.grad, atol=1e-8, rtol=1e-5)
 
 
+def test_the_classes_cross_entropies_are_told_and_change_nothing():
+    logits, labels = drawn()
+    loss = PixelLoss(torch.tensor([0.2, 3.0, 1.0]), LABELS, 0.1, 0.7)
+    totals, sums = loss.totals(counts(labels)), torch.zeros(3, dtype=torch.float64)
+    assert loss.share(logits, labels, totals, None, sums) == loss.share(logits, labels, totals)
+    large = at_labels(logits, labels).movedim(1, -1)
+    for i in range(3):
+        expected = F.cross_entropy(large[labels == i], labels[labels == i].long(), reduction="sum")
+        assert sums[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_batch_without_a_valid_pixel_teaches_nothing():
     logits, labels = drawn(1)
     logits.requires_grad_()

@@ -153,10 +153,10 @@ def test_facts_name_packages_and_code(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     (tmp_path / "requirements.txt").write_text("# torch\nnumpy>=1\nno_such_package\n")
     monkeypatch.setattr(host, "ROOT", tmp_path)
-    versions = host._packages()
+    versions = host.packages()
     assert versions["no_such_package"] == "missing" and versions["numpy"] == version("numpy")
     assert {name.rpartition("-")[0] for name in set(versions) - {"numpy", "no_such_package"}} <= {"nvidia-nccl"}
-    assert host._revision() == ""
+    assert host.revision() == ""
     seen = {host._code()}
     (tmp_path / "data" / "a.py").write_text("x")
     seen.add(host._code())
@@ -235,7 +235,7 @@ def test_an_nvidia_smi_that_fails_or_hangs(tmp_path, nvidia_smi, monkeypatch):
 
     nvidia_smi([], f"sleep 30 & echo $! >{tmp_path / 'pid'}; wait")
     monkeypatch.setattr(host, "PATIENCE", 0.5)
-    monkeypatch.setattr(host, "_revision", lambda: "")  # git may take longer
+    monkeypatch.setattr(host, "revision", lambda: "")  # git may take longer
     started = time.monotonic()
     (problem,) = host.host_facts("n1", tmp_path / "run", 1)["problems"]
     assert problem.startswith("nvidia-smi has not answered for 0.5 s; ") and time.monotonic() - started < 10

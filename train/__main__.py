@@ -24,8 +24,8 @@ from model.archs import get_arch
 from model.weight_files import HUB, locate_weights, read_metadata
 from train import TrainError, checkpoint, deepspeed_config
 from train.config import Config, load_config, training_order
+from train.logs import record_error
 from train.loss import class_weights
-from train.track import record_error
 
 # Also as CUDA's own libraries tell it.
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from model.weight_files import sync
 from train import TrainError
-from train.track import log
+from train.logs import log
 
 META, UNFINISHED = "run.json", "unfinished_"
 MAY_DIFFER = {

@@ -135,18 +135,24 @@ class GuardConfig(Settings):
     skipped_in_a_row: int = Field(20, ge=0, description="so many steps without finite gradients are passed over before the end")
     spike_after: PositiveInt = Field(50, description="steps whose losses have to be seen before one can stand out")
     spike_deviations: PositiveFloat = Field(6.0, description="a loss so many standard deviations above the mean is told")
+    hang_minutes: PositiveFloat | None = Field(
+        10, description="a process that does one thing of a step for so long ends the run; null: never"
+    )
+    straggler_factor: float = Field(1.5, gt=1, description="a process that takes so many times as long as the others is told")
+    data_share: float = Field(0.2, gt=0, le=1, description="of a step: more waiting for data is told")
 
 
 class EvaluateConfig(Settings):
     every_steps: PositiveInt | None = Field(None, description="null: at the end only")
     batch_size: PositiveInt = Field(4, description="images for each GPU")
-    pictures: int = Field(8, ge=0, description="examples on the contact sheet")
+    pictures: int = Field(8, ge=0, description="images on each of the sheets: the first ones, the worst, the best")
 
 
 class WandbConfig(Settings):
     mode: Literal["online", "offline", "disabled"] = "offline"
     project: str = "sapiens-seg"
     entity: str | None = None
+    finish_seconds: PositiveFloat = Field(60, description="how long the end of a run waits for wandb to send the rest")
 
 
 class Config(Settings):
@@ -167,6 +173,9 @@ class Config(Settings):
     global_batch_size: PositiveInt = Field(description="samples in one optimizer step, over all GPUs")
     micro_batch_size: PositiveInt = Field(description="samples a GPU holds at a time; accumulation follows")
     log_every: PositiveInt = 10
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="what one device can do at most, for MFU; null: as known of NVIDIA's larger GPUs in bf16 and fp16"
+    )
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,6 +49,13 @@ class Job:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of all ranks, in double precision, rank by rank."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        found = mine.new_empty(self.world_size * len(mine))
+        dist.all_gather_into_tensor(found, mine)
+        return found.view(self.world_size, -1).tolist()
 
 
 def join_job() -> Job:

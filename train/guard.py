@@ -5,7 +5,7 @@ import math
 from data.loader import Batch
 from train import TrainError
 from train.config import GuardConfig
-from train.track import log
+from train.logs import log
 
 
 class Guard:
@@ -22,6 +22,7 @@ class Guard:
         self.in_a_row = 0
         self.mean = self.variance = 0.0
         self.seen = 0
+        self.spikes = 0  # losses that jumped since the start
 
     def look(self, step: int, loss: float, norm: float, skipped: int, batches: list[Batch]) -> None:
         """Args:
@@ -47,6 +48,7 @@ class Guard:
     def _spike(self, step: int, loss: float, batches: list[Batch]) -> None:
         deviation = math.sqrt(self.variance)
         if self.seen >= self.config.spike_after and loss > self.mean + self.config.spike_deviations * deviation:
+            self.spikes += 1
             usual = f"{self.mean:.4f} +- {deviation:.4f}"
             log.warning("step %d: loss %.4f jumps from %s (this rank's samples: %s)", step, loss, usual, _keys(batches))
         # Over the last 50 or so; from the first one on as exact as so few can be.

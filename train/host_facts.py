@@ -44,7 +44,7 @@ def host_facts(name: str, output_dir: Path, slots: int) -> dict:
         except TrainError as error:
             problems.append(str(error))
     return {
-        "name": name, "revision": _revision(), "code": _code(), "python": platform.python_version(), "packages": _packages(),
+        "name": name, "revision": revision(), "code": _code(), "python": platform.python_version(), "packages": packages(),
         "driver": driver, "gpus": gpus, "free_gb": free, "problems": problems,
     }  # fmt: skip
 
@@ -80,9 +80,11 @@ def _output(*command: str) -> str:
     return output
 
 
-def _revision() -> str:
+def revision() -> str:
+    """The commit of this code, marked when it was changed; empty outside git."""
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     with suppress(TrainError, OSError):
-        return _output("git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty").strip()
+        return _output("git", "--no-optional-locks", "-C", str(ROOT), *describe).strip()
     return ""
 
 
@@ -95,7 +97,7 @@ def _code() -> str:
     return total.hexdigest()
 
 
-def _packages() -> dict[str, str]:
+def packages() -> dict[str, str]:
     """The versions of what requirements.txt names and of NCCL, whose package is named after its CUDA."""
     names = re.findall(r"^[A-Za-z0-9][\w.-]*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     versions = dict.fromkeys(names, "missing")

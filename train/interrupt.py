@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from train.track import log
+from train.logs import log
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

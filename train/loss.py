@@ -84,13 +84,20 @@ class PixelLoss:
         return float(weight), float((counts[:, 1:] > 0).any(1).sum())
 
     def share(
-        self, logits: torch.Tensor, labels: torch.Tensor, totals: Sequence[float], labelled: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        totals: Sequence[float],
+        labelled: torch.Tensor | None = None,
+        class_sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """These images' share of the loss of the global batch that has these `totals`: a scalar, computed in fp32.
 
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
             labelled: bool (B, C), the classes that each image's masks can show; the others take no part. None: all.
+            class_sums: float64 (C,), to which the cross-entropies of each class's pixels are added, as they are without
+                weights and smoothing: to be shown.
         """
         weight, images = totals
         logits = logits.float()
@@ -101,6 +108,9 @@ class PixelLoss:
         log_p, ignore = F.log_softmax(logits, dim=1), self.label_set.ignore_index
         weights = self.weights.to(logits.device)
         loss = F.nll_loss(log_p, labels.long(), weights, ignore_index=ignore, reduction="sum")
+        if class_sums is not None:
+            each = F.nll_loss(log_p.detach(), labels.long(), ignore_index=ignore, reduction="none")
+            class_sums += torch.bincount(labels.flatten(), each.flatten().double(), minlength=256)[: len(class_sums)]
         if self.label_smoothing:
             targets = torch.ones_like(log_p[:, :, 0, 0]) if labelled is None else labelled.float()
             targets = weights * targets / targets.sum(1, keepdim=True)

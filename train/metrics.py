@@ -13,24 +13,36 @@ class ConfusionMatrix:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, prediction: torch.Tensor, truth: torch.Tensor) -> None:
-        """Add integer maps of equal shape; pixels whose truth is ignored do not count."""
+    def update(self, prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Add integer maps of equal shape, and return their own counts; pixels whose truth is ignored do not count."""
         valid = truth != self.ignore_index
         pairs = truth[valid].long() * self.num_classes + prediction[valid].long()
-        self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, -1)
+        counts = torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, -1)
+        self.counts += counts
+        return counts
 
     def scores(self) -> "Scores":
-        counts = self.counts.cpu().numpy()
-        return Scores(intersection=np.diag(counts), predicted=counts.sum(0), true=counts.sum(1))
+        return Scores(self.counts.cpu().numpy())
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Pixel counts int64 (C,), and the ratios made from them. A class that nowhere occurs is NaN, never 0."""
+    """A confusion matrix of pixels, int64 (C, C), rows truth and columns prediction, and the ratios made from it: float64
+    (C,) or a mean. A class that nowhere occurs is NaN, never 0."""
 
-    intersection: np.ndarray
-    predicted: np.ndarray
-    true: np.ndarray
+    confusion: np.ndarray
+
+    @property
+    def intersection(self) -> np.ndarray:
+        return np.diag(self.confusion)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        return self.confusion.sum(0)
+
+    @property
+    def true(self) -> np.ndarray:
+        return self.confusion.sum(1)
 
     @property
     def iou(self) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 import fcntl
 import hashlib
+import json
+import platform
+import shlex
+import socket
 import sys
 import time
 from pathlib import Path
@@ -20,16 +24,19 @@ from model.weight_files import HUB
 from model.weights import load_weights
 from train import TrainError, checkpoint, deepspeed_config
 from train.checkpoint import RunState
+from train.clock import StepClock
 from train.config import Config, training_order
 from train.ema import Ema
 from train.engine import Job, build_engine, join_job
+from train.host_facts import packages, revision
 from train.interrupt import INTERRUPTED, Interrupt
+from train.logs import log, start_logging
 from train.loop import Training
 from train.loss import PixelLoss, class_weights
 from train.masters import Masters
 from train.optim import freeze, lr_scales
 from train.saving import Saver
-from train.track import log, start_logging
+from train.watchdog import Watchdog
 
 
 def start(config: Config, settings: dict[str, Any], train: Mixture, val: ShardSet | None) -> None:
@@ -94,16 +101,19 @@ def _train(
             log.info("resume_from is passed over: output_dir has checkpoints of its own")
         if config.load_from:
             log.info("load_from is passed over: the checkpoint has the weights")
+    about = _about(settings, job) if job.is_main else {}
     if job.is_main:
-        try:
-            (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        except OSError as error:
-            log.warning("%s: not written: %s", config.output_dir / "config.yaml", error)
+        _write(config.output_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _write(config.output_dir / "environment.json", json.dumps(about, indent=2))
         log.info("%s", _headline(config, train, val, settings, state, job))
     weights = class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
     loss = PixelLoss(weights, train.label_set, config.loss.label_smoothing, config.loss.dice)
-    training = Training(engine, config, settings, train, order, val, loss, state, ema, saver, interrupt, job)
-    return training.fit()
+    clock = StepClock(job.on_gpu)
+    training = Training(
+        engine, config, about, train, order, val, loss, min(scales.values()), state, ema, saver, interrupt, clock, job
+    )
+    with Watchdog(clock, config.guard.hang_minutes, config.output_dir, job):
+        return training.fit()
 
 
 def _claim(output_dir: Path) -> IO | None:
@@ -180,6 +190,27 @@ def _headline(config: Config, train: Mixture, val: ShardSet | None, settings: di
         f"sent in {settings['communication_data_type']}; "
         f"steps {state.step}..{state.total_steps}; output {config.output_dir}"
     )
+
+
+def _about(settings: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What is not in the configuration, for those who look at the run later."""
+    return {
+        "revision": revision(),
+        "command": shlex.join([Path(sys.executable).name, "-m", "train", *sys.argv[1:]]),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(job.device) if job.on_gpu else f"{platform.machine()} CPU",
+        "processes": job.world_size,
+        "python": platform.python_version(),
+        "packages": packages(),
+        "deepspeed_settings": settings,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        log.warning("%s: not written: %s", path, error)
 
 
 def _sha256(path: Path) -> str:

@@ -22,8 +22,8 @@ from train import TrainError, checkpoint
 from train.checkpoint import UNFINISHED, Entry, RunState
 from train.ema import Ema
 from train.engine import Job
+from train.logs import log
 from train.masters import Masters, State
-from train.track import log
 
 
 class Saver:
@@ -41,6 +41,7 @@ class Saver:
         self.copied.set()
         self.failed: str | None = None  # why the last checkpoint was not written
         self.last_step = 0  # that is saved, or that the run came from
+        self.times: tuple[float, float] | None = None  # rank 0's last `stall`, and the seconds that its part took to be written
         self.stall = 0.0  # seconds that training has waited for the last checkpoint
         masters.adamw.register_step_pre_hook(lambda *_: self.wait_until_copied())
 
@@ -95,8 +96,8 @@ class Saver:
                 self.remover = threading.Thread(target=checkpoint.prune, args=prune, name="checkpoint-remover")
                 self.remover.start()
                 self.stall += time.monotonic() - started
-                times = self.stall, self.seconds
-                log.info("step %d  checkpoint %s (training waited %.2f s, written in %.2f s)", step, path, *times)
+                self.times = self.stall, self.seconds
+                log.info("step %d  checkpoint %s (training waited %.2f s, written in %.2f s)", step, path, *self.times)
             except OSError as error:
                 self.failed = f"rank 0: {error}"
         told = [self.failed]

@@ -1,66 +1,28 @@
-"""What a run shows: console, log.txt, metrics.jsonl, wandb. Nothing in here may end a run."""
+"""What a run shows: the live line, metrics.jsonl, pictures, wandb. Nothing in here may end a run."""
 
 import json
-import logging
+import math
 import os
-import secrets
-import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
+from data.shards import ShardSet
 from train.config import Config
+from train.logs import log
+from train.metrics import Scores
+from train.showcase import Groups, write_validation
 
-log = logging.getLogger("train")
-
-
-def start_logging(output_dir: Path, rank: int) -> None:
-    """Rank 0 to the console and to output_dir/log.txt; the others' warnings and every rank's crash to log.txt too."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    log.propagate = False
-    console, file = _Console(), logging.FileHandler(output_dir / "log.txt")
-    file.handleError = lambda record: None  # of a full disk: else a traceback for each line
-    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
-    log.handlers = [file] if rank else [console, file]
-    logging.getLogger("DeepSpeed").addHandler(file)
-    logging.getLogger("data").handlers = log.handlers  # bad samples, downloads tried again
-
-    def crashed(kind: type[BaseException], error: BaseException, trace) -> None:
-        file.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "crashed", (), (kind, error, trace)))
-        sys.__excepthook__(kind, error, trace)
-        sys.stderr.flush()
-        os._exit(1)  # at the end of the interpreter a collective may still be waited for
-
-    sys.excepthook = crashed
-
-
-def record_error(text: str) -> None:
-    """Put a run's last words into its log.txt; the caller prints them."""
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(log.makeRecord(log.name, logging.ERROR, "", 0, "error: %s", (text,), None))
-
-
-class _Console(logging.Handler):
-    """Prints above a live progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not (getattr(record, "on_bar", False) and sys.stderr.isatty()):
-            try:
-                tqdm.write(self.format(record))
-                sys.stdout.flush()
-            except OSError:  # a file on a full disk, a pipe that nobody reads: log.txt has the rest
-                sys.stdout = open(os.devnull, "w")
+HURRY = 10.0  # seconds
 
 
 class Tracker:
     """Rank 0's record of a run; on the other ranks there is none."""
 
-    def __init__(self, config: Config, first_step: int, total_steps: int, settings: dict) -> None:
+    def __init__(self, config: Config, first_step: int, total_steps: int, about: dict[str, Any]) -> None:
         self.config, self.total_steps = config, total_steps
         self.metrics_path = config.output_dir / "metrics.jsonl"
         try:
@@ -71,89 +33,70 @@ class Tracker:
             total=total_steps, initial=first_step, unit="step", disable=None, mininterval=0.5, dynamic_ncols=True
         )  # disable=None: a bar on a terminal, plain lines elsewhere
         self.recent = deque([(time.monotonic(), first_step)], maxlen=50)
-        self.wandb = _start_wandb(config, settings)
+        self.dashboard = _start_dashboard(config, about)
 
     def train(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of optimizer step `step`, which has just been done."""
+        """Record the metrics of optimizer step `step`, which has just been done, and of the ones before it."""
         now, (then, from_step) = time.monotonic(), self.recent[0]
         self.recent.append((now, step + 1))
         rate = (step + 1 - from_step) / max(now - then, 1e-9)
-        values["images_per_second"] = rate * self.config.global_batch_size
         eta = _clock((self.total_steps - step - 1) / rate)
-        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s"
-        if values["skipped_steps"]:
-            text += f"  {values['skipped_steps']} steps passed over"
+        text = f"loss {values['train/loss']:.4f}  lr {values['lr/highest']:.2e}  {values['speed/images_per_second']:.1f} images/s"
+        if "speed/mfu" in values:
+            text += f"  MFU {values['speed/mfu']:.1%}"
+        if values["train/skipped_steps"]:
+            text += f"  {values['train/skipped_steps']} steps passed over"
         self.bar.set_postfix_str(text, refresh=False)
         log.info("step %d/%d  %s  ETA %s", step + 1, self.total_steps, text, eta, extra={"on_bar": True})
-        self._record(step, {f"train/{key}": value for key, value in values.items()})
+        self._record(step + 1, values)
 
-    def validation(self, step: int, values: dict[str, float], sheet: np.ndarray | None) -> None:
-        """Record scores (and the contact sheet, RGB uint8) after `step` optimizer steps."""
-        values = {f"val/{key}": value for key, value in values.items()}
-        self._record(step - 1, values)
-        if sheet is not None and self.wandb is not None:
-            self._wandb_log({"val/examples": sheet}, step - 1)
+    def validation(self, step: int, scores: Scores, groups: Groups, shards: ShardSet, best: dict[str, float]) -> Path:
+        """Record scores and pictures after `step` optimizer steps, and the best ones so far; the folder where they lie."""
+        folder = self.config.output_dir / "validation" / f"step_{step:08d}"
+        try:
+            write_validation(folder, scores, groups, shards)
+        except Exception as error:  # a disk that is full, a picture that cannot be drawn
+            log.warning("step %d  validation not written: %s", step, error)
+        classes = shards.label_set.classes
+        per_class = {f"iou/{name}": iou for name, iou in zip(classes, scores.iou.tolist(), strict=True)}
+        means = {"miou": scores.miou, "macc": scores.mean_accuracy, "aacc": scores.pixel_accuracy, **best}
+        self._record(step, {f"val/{key}": value for key, value in means.items()} | per_class)
+        if self.dashboard:
+            self.dashboard.validation(self._axes(step), scores, groups, shards.label_set)
+            self.dashboard.summary({f"best/{key.removeprefix('best_')}": value for key, value in best.items()})
+        log.info("step %d  validation mIoU %.4f", step, scores.miou)
+        return folder
 
-    def finish(self) -> None:
+    def finish(self, hurry: bool = False) -> None:
+        """hurry: the run was asked to leave, and may be ended soon."""
         self.bar.close()
-        if self.wandb is not None:
-            _harmless("wandb.finish", self.wandb.finish)
+        if self.dashboard:
+            seconds = self.config.wandb.finish_seconds
+            self.dashboard.finish(min(seconds, HURRY) if hurry else seconds)
 
-    def _record(self, step: int, values: dict[str, float]) -> None:
-        line = {"step": step, **{key: _json_number(value) for key, value in values.items()}}
+    def _axes(self, step: int) -> dict[str, int]:
+        return {"step": step - 1, "samples": step * self.config.global_batch_size}
+
+    def _record(self, steps_done: int, values: dict[str, float]) -> None:
+        line = self._axes(steps_done) | {key: value if math.isfinite(value) else None for key, value in values.items()}
         try:
             with self.metrics_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             log.warning("%s: not written: %s", self.metrics_path, error)
-        self._wandb_log(values, step)
-
-    def _wandb_log(self, values: dict, step: int) -> None:
-        if self.wandb is None:
-            return
-
-        def send() -> None:
-            import wandb
-
-            pictures = {k: wandb.Image(v) for k, v in values.items() if isinstance(v, np.ndarray)}
-            self.wandb.log({"step": step, **values, **pictures})
-
-        _harmless("wandb.log", send)
+        if self.dashboard:
+            self.dashboard.log(self._axes(steps_done) | values)
 
 
-def _start_wandb(config: Config, settings: dict):
+def _start_dashboard(config: Config, about: dict[str, Any]):
     if config.wandb.mode == "disabled":
         return None
-
-    def start():
-        import wandb
-
-        marker = config.output_dir / "wandb_run_id"  # a resumed run goes on in the same wandb run
-        run_id = marker.read_text().strip() if marker.exists() else secrets.token_hex(4)
-        marker.write_text(run_id)
-        run = wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            mode=config.wandb.mode,
-            name=config.output_dir.name,
-            id=run_id,
-            resume="allow",
-            dir=str(config.output_dir),
-            config={**config.model_dump(mode="json"), "deepspeed_settings": settings},
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-        )
-        run.define_metric("*", step_metric="step")
-        return run
-
-    return _harmless("wandb.init", start)
-
-
-def _harmless(what: str, action):
-    """Run a tracker's call; its failure is told, not passed on."""
     try:
-        return action()
-    except Exception as error:  # a dashboard must never cost a night of training
-        log.warning("%s failed and is passed over: %s", what, error)
+        from train.dashboard import Dashboard  # not above: wandb takes a second
+
+        return Dashboard(config, about)
+    except Exception as error:  # it may be broken, or not be there
+        log.warning("wandb cannot be used, and the run goes on without: %s", error)
         return None
 
 
@@ -171,10 +114,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # half a line, written when the run was killed
-
-
-def _json_number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _clock(seconds: float) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.cluster.packages import needed
 from tests.cluster.slurm import Slurm
+from tests.packages import needed
 
 
 @pytest.fixture(scope="module")

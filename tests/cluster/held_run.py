@@ -18,7 +18,7 @@ def steered(fit: Callable) -> Callable:
     def run(training: Training) -> bool:
         train_step, folder = train.loop.train_step, training.config.output_dir
 
-        def step(*arguments: object) -> float:
+        def step(*arguments: object) -> tuple:
             while _numbers(folder / "hold") == [training.state.step]:
                 time.sleep(0.05)
             if _numbers(folder / "raise") == [training.job.rank, training.state.step]:

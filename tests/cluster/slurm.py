@@ -15,9 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.cluster.packages import PATH, command
 from tests.cluster.slurm_config import NODES, write
 from tests.conftest import ROOT
+from tests.packages import PATH, command
 
 TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL"}
 REQUEUE_SECONDS = 10  # a job that is being requeued shows the state of its end for so long at most

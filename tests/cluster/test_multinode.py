@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.cluster.packages import needed
 from tests.cluster.runs import HELD, STEPS, VARIABLES, hold, let_go, settings, until, until_held
 from tests.conftest import ROOT
+from tests.packages import needed
 from train.interrupt import INTERRUPTED
 
 PORT = 2222

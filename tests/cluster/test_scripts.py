@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.packages import command, needed
 from tests.cluster.runs import VARIABLES, settings
 from tests.conftest import ROOT
+from tests.packages import command, needed
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 SNAPSHOTS = Path(__file__).parent / "snapshots"

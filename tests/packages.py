@@ -13,6 +13,7 @@ import pytest
 COMMANDS = {
     "slurmctld": "slurmctld", "slurmd": "slurmd", "slurm-client": "sbatch", "munge": "munged", "openssh-server": "sshd",
     "openssh-client": "ssh", "iproute2": "ip", "shellcheck": "shellcheck",
+    "chromium": "chromium",
 }  # fmt: skip
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 SECONDS = 120
