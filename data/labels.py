@@ -192,7 +192,7 @@ class LabelSet:
         if ids != list(range(len(ids))):
             raise DataError(f"key 'classes': the ids must be 0..{len(ids) - 1}, each once; they are {ids}")
         if parsed.num_classes not in (None, len(ids)):
-            raise DataError(f"key 'num_classes': says {parsed.num_classes}, but {len(ids)} classes are listed")
+            raise DataError(f"key 'num_classes': says {parsed.num_classes}, but {len(ids)} classes are listed; leave it out")
         return cls(
             name=parsed.name,
             classes=tuple(entry.name for entry in classes),

@@ -9,7 +9,7 @@ elif [ -n "${CONDA_ENV:-}" ]; then
   set +u # conda's own scripts read variables that are not set
   # shellcheck source=/dev/null
   source "$conda_base/etc/profile.d/conda.sh"
-  conda activate "$CONDA_ENV" || { echo "error: CONDA_ENV: conda cannot activate '$CONDA_ENV'" >&2; exit 2; }
+  conda activate "$CONDA_ENV" || { echo "error: CONDA_ENV: conda cannot activate '$CONDA_ENV'; see conda env list" >&2; exit 2; }
   set -u
 elif ! command -v deepspeed >/dev/null; then
   PATH="$PWD/.venv/bin:$PATH" # the one that `make` built

@@ -126,7 +126,7 @@ choose_master() {
   if [ -z "${MASTER_PORT:-}" ]; then
     local free='import socket; s = socket.socket(); s.bind(("", 0)); print("port", s.getsockname()[1])'
     MASTER_PORT=$(on_host 0 python -c "$free" | sed -n 's/^port //p')
-    [ -n "$MASTER_PORT" ] || { echo "error: host ${hosts[0]}: cannot be reached, or runs no Python" >&2; return 1; }
+    [ -n "$MASTER_PORT" ] || { echo "error: host ${hosts[0]}: cannot be reached, or runs no Python; see what ssh or srun to it says" >&2; return 1; }
   fi
   export MASTER_ADDR MASTER_PORT
 }

@@ -9,7 +9,7 @@ fi
 # shellcheck disable=SC2086 # a command and its arguments
 set -- ${CONTAINER:-} python -m "$@"
 # Told before the output goes through `tee`, which Slurm may end before it has written.
-command -v "$1" >/dev/null || { echo "error: rank $RANK: $1: command not found; see CONTAINER" >&2; exit 127; }
+command -v "$1" >/dev/null || { echo "error: rank $RANK: $1: command not found; see VENV, CONDA_ENV and CONTAINER" >&2; exit 127; }
 mkdir -p "$OUTPUT_DIR/ranks"
 # A signal to all is meant for the training, whose last words are still to be written.
 exec > >(trap '' INT TERM USR1 HUP; exec tee -a "$OUTPUT_DIR/ranks/rank_$RANK.txt") 2>&1

@@ -114,7 +114,7 @@ def _timm_arch(name: str) -> Arch:
     blocks, patch_size = getattr(model, "blocks", None), getattr(getattr(model, "patch_embed", None), "patch_size", (0, 1))
     strides = {info["reduction"] for info in getattr(model, "feature_info", ())}
     if not hasattr(model, "forward_intermediates") or not blocks or strides != {patch_size[0]}:
-        raise ModelError(f"arch: {name} is no plain vision transformer: its features are not all of one resolution")
+        raise ModelError(f"arch: {name} is no plain vision transformer: its features differ in resolution; choose a plain ViT")
     if patch_size[0] != patch_size[1]:
         raise ModelError(f"arch: {name} has patches of {patch_size[0]}x{patch_size[1]} pixels, only square ones will do")
     heads = getattr(blocks[0].attn, "num_heads", 0)

@@ -108,7 +108,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or not 4096 <= values.max() <= 65535:
-            raise ValueError(f"pixels from {values.min()} to {values.max()}, not of 16 bits; save it as 8-bit RGB")
+            raise ValueError(f"pixels from {values.min()} to {values.max()}, not over the range of 16 bits; save it as 8-bit RGB")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -141,5 +141,5 @@ def save(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise OSError(f"{path}: cannot be written ({error.strerror or error}); choose another place for it") from None
         raise

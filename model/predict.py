@@ -57,7 +57,7 @@ class Classes:
         label_set = metadata.get("label_set") or {}
         entries = label_set.get("classes") or [{} for _ in range(count)]
         if len(entries) != count or count > 256:
-            raise ModelError(f"label_set: {len(entries)} classes, the model has {count}, and a mask can hold 256")
+            raise ModelError(f"--weights: label_set: {len(entries)} classes, the model has {count}, and a mask can hold 256")
         names = tuple(entry.get("name", f"class {i}") for i, entry in enumerate(entries))
         palette = np.zeros((256, 3), np.uint8)
         palette[:count] = [entry.get("color", _color(i)) for i, entry in enumerate(entries)]

@@ -79,7 +79,7 @@ def read(path: Path) -> tuple[RunState, dict[str, Entry]]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise TrainError(f"{path / META}: not readable: {error.strerror}") from None
+        raise TrainError(f"{path / META}: not readable: {error.strerror}; check its permissions, and the disk") from None
     except (TypeError, LookupError, AttributeError) as error:
         what = f"{path / META}: of another version of this code: {error}"
         raise TrainError(f"{what}; go on with that one, or start anew in another output_dir") from None

@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise TrainError(str(error)) from None
     if not isinstance(values, dict):
-        raise TrainError(f"{path}: holds no `key: value` lines")
+        raise TrainError(f"{path}: holds no `key: value` lines; write an experiment as those in {CONFIGS}")
     return values
 
 

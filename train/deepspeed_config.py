@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise TrainError(f"{path}: zero_optimization: missing; it names the ZeRO stage")
+        raise TrainError(f'{path}: zero_optimization: missing; it names the ZeRO stage, as {{"stage": 1}}')
     if settings["zero_optimization"].get("stage") not in (0, 1, 2, 3):
         raise TrainError(f"{path}: zero_optimization.stage: must be 0, 1, 2 or 3")
     for key in ("offload_param", "offload_optimizer"):

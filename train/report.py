@@ -47,7 +47,7 @@ def write_report(folder: Path) -> Path:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TrainError(f"{path}: cannot be written: {error.strerror}") from None
+        raise TrainError(f"{path}: cannot be written: {error.strerror}; make room, or see the folder's permissions") from None
     return path
 
 

@@ -86,7 +86,7 @@ def _train(
             block.compile()
     freeze(model, config.model.freeze)
     if config.model.freeze is not None and not config.load_from and not resume:
-        log.warning("model.freeze without load_from: what is frozen keeps its random weights")
+        log.warning("model.freeze without load_from: what is frozen keeps its random weights; set load_from")
     scales = lr_scales(model, config.optimizer)
     engine = build_engine(model, config, settings)
     masters = Masters(engine, scales)

@@ -121,7 +121,9 @@ class Saver:
                     f"{path}: cannot be resumed: {'; '.join(differing)}; restore the setting, or start anew in another output_dir"
                 )
             if then.step > now.total_steps:
-                raise TrainError(f"{path}: stands at step {then.step}, beyond the schedule's {now.total_steps}; lengthen it")
+                raise TrainError(
+                    f"{path}: stands at step {then.step}, beyond the run's {now.total_steps}; raise schedule.steps (or epochs)"
+                )
             if damaged := self._damaged(path, files):
                 log.warning("%s: damaged: %s; passed over", path, ", ".join(damaged))
                 continue
