@@ -58,7 +58,7 @@ def inspect(location: str, args: argparse.Namespace) -> bool:
         print(f"warning: {warning}")
     if args.pictures > 0:
         path = args.output / f"inspect_{Path(shards.location).parent.name}_{Path(shards.location).name}.png"
-        save_png(path, _sheet(shards, args.pictures))
+        save_png(path, example_sheet(shards, args.pictures))
         print(f"contact sheet  {os.path.relpath(path)}")
     if not args.no_checksums:
         print("checksums: all files are what they were when packed")
@@ -109,7 +109,8 @@ def few_images(images: int) -> float:
     return max(min(20, images / 10), images / 1000)
 
 
-def _sheet(shards: ShardSet, pictures: int) -> np.ndarray:
+def example_sheet(shards: ShardSet, pictures: int) -> np.ndarray:
+    """RGB uint8 (h, w, 3): so many examples that show many classes, and their mirror images. Raises DataError."""
     table = shards.label_set.flip_table()
     rows = []
     for i in _telling_images(shards, pictures):

@@ -123,12 +123,15 @@ class Mixture:
             return None
         repeats = np.repeat(np.float32(weights), [len(member.shards) for member in self.members])
         if rare_share is not None:
-            shown = sum(present.sum(axis=0) for _, present in self._presence())
-            share = np.maximum(shown, 1) / len(self)
+            share = np.maximum(self.images_showing(), 1) / len(self)
             factors = np.clip(np.sqrt(rare_share / share), 1.0, MAX_REPEAT).astype(np.float32)
             for rows, present in self._presence():
                 repeats[rows] *= np.where(present, factors, 1.0).max(axis=1)
         return repeats
+
+    def images_showing(self) -> np.ndarray:
+        """int64 (classes,): how many images show each class."""
+        return sum((present.sum(axis=0) for _, present in self._presence()), np.zeros(self.label_set.num_classes, np.int64))
 
     def _presence(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields (slice of samples, bool (samples, classes): the class is in the image), some thousand at a time."""

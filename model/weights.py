@@ -54,6 +54,19 @@ def load_weights(
 ) -> LoadReport:
     """Fill `model`, in place, from a file of any kind that read_weights knows, or from the hub (see locate_weights).
 
+    The arguments are those of `match_weights`, which raises the same.
+    """
+    assert not any(tensor.is_meta for tensor in model.state_dict().values()), "load_weights needs a model with real tensors"
+    state, report = match_weights(model, path, classes, partial, match_classes)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def match_weights(
+    model: Segmenter, path: str | Path, classes: Sequence[str] = (), partial: bool = False, match_classes: bool = True
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What `model` takes from a file, and what becomes of all keys. A model on the meta device will do: then it costs nothing.
+
     Args:
         classes: the names of the model's classes. Where the file tells its own, and they are others or in another order,
             the classifier's rows go by name.
@@ -67,22 +80,20 @@ def load_weights(
     path = locate_weights(path)
     state, metadata = read_weights(path), read_metadata(path)
     own = model.state_dict()
-    assert not any(tensor.is_meta for tensor in own.values()), "load_weights needs a model with real tensors"
+    periods = check_periods(model, state, path)
+    reinitialised = _check_backbone(model, state, own, path, partial)
     for key in ("patch_padding", "rope_precision"):
         if metadata.get(key, getattr(model, key)) != getattr(model, key):
             raise ModelError(
                 f"{path}: was trained with {key} {metadata[key]}, set it so for the model too, which has {getattr(model, key)}"
             )
-    periods = check_periods(model, state, path)
-    reinitialised = _check_backbone(model, state, own, path, partial)
     resized = {} if POS_EMBED in reinitialised else _fit_position_embedding(model, state, metadata, path)
     reinitialised |= _fit_head(model, state, own, path)
     if not any(key in reinitialised for key in CLASSIFIER):
         kept, drawn = _fit_classes(model, state, _class_names(metadata), tuple(classes), match_classes)
         resized, reinitialised = resized | kept, reinitialised | drawn
     loaded = {key: value for key, value in state.items() if key in own and key not in reinitialised}
-    model.load_state_dict(loaded, strict=False)
-    return LoadReport(
+    return loaded, LoadReport(
         path=path,
         loaded=(*(key for key in loaded if key not in resized), *periods),
         resized=resized,
@@ -102,8 +113,8 @@ def check_periods(model: Segmenter, state: dict[str, Tensor], path: Path) -> tup
     periods = state.pop(PERIODS, None)
     if periods is None:
         return ()
-    rope = getattr(model.backbone, "rope", None)
-    if rope is None or not torch.equal(rope.periods.bfloat16(), periods.bfloat16()):
+    own = getattr(getattr(model.backbone, "rope", None), "periods", None)
+    if own is None or own.shape != periods.shape or not (own.is_meta or torch.equal(own.bfloat16(), periods.bfloat16())):
         raise ModelError(f"{path}: {PERIODS}: not those of {model.arch.name}: is the arch the right one?")
     return (PERIODS,)
 
@@ -228,7 +239,7 @@ def _fit_classes(
         return {}, dict.fromkeys(CLASSIFIER, why)
     for key, parameter in zip(CLASSIFIER, (model.decode_head.conv_seg.weight, model.decode_head.conv_seg.bias), strict=True):
         carried = parameter.detach().clone()
-        carried[list(rows)] = state[key][list(rows.values())].to(carried.dtype)
+        carried[list(rows)] = state[key][list(rows.values())].to(carried)
         state[key] = carried
     what = f"{len(rows)} of {len(ours)} classes taken by name from the file's {len(theirs)}, the others drawn anew"
     return dict.fromkeys(CLASSIFIER, what), {}

@@ -137,13 +137,12 @@ def test_big_ones_recompute_and_shard_more():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_passes_the_check_with_all_deepspeed_settings(drawn, monkeypatch, recipe):
+def test_passes_the_check_with_all_deepspeed_settings(drawn, recipe):
     """With the recipe's own architecture, batch and schedule, on one GPU and on all of a machine's."""
     for deepspeed, processes in product(DEEPSPEED, (1, 2 if recipe == "demo" else 8)):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
         path, *overrides = command(recipe, deepspeed, drawn[label_set_of(recipe)])
         config = load_config(Path(path), overrides)
-        settings = check(config, Mixture.open(config.data.train), ShardSet.open(config.data.val), on_gpu=True)
+        settings = check(config, Mixture.open(config.data.train), ShardSet.open(config.data.val), processes, on_gpu=True)
         assert deepspeed.startswith(f"zero{settings['zero_optimization']['stage']}")
         assert settings["train_batch_size"] == config.global_batch_size
         assert settings["gradient_accumulation_steps"] * config.micro_batch_size * processes == config.global_batch_size

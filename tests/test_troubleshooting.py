@@ -27,7 +27,11 @@ NO_MESSAGES = {
         "report: %{y}", "report: Validation over", "report: The last validation", "report: where the pixels", "report: rgb(",
         "report: system-ui",
     ),
-    "results": ("export: MB, its logits differ by", "trial_sum: s GB/s bus bandwidth", "run: at x classes training and"),
+    "results": (
+        "export: MB, its logits differ by", "trial_sum: s GB/s bus bandwidth", "run: at x classes training and",
+        "doctor: training and", "doctor: of each set", "doctor: look at", "doctor: a new run in", "doctor: fresh: load_from",
+        "doctor: as measured in", "doctor: hours at", "doctor: GB are needed on", "doctor: none asked", "remedies: GB of each",
+    ),
     "layouts of data sets, which --help and docs/data.md tell": (
         "sources: the unpacked", "sources: LIP", "sources: CIHP", "sources: images/, masks/", "sources: two folders of images",
     ),

@@ -76,7 +76,8 @@ def run(config: Config, check_only: bool, for_gpus: bool = False) -> None:
         val = ShardSet.open(config.data.val, cache) if config.data.val else None
     except DataError as error:
         raise DataError(f"data.val: {error}") from None
-    settings = check(config, train, val, for_gpus or torch.cuda.is_available())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = check(config, train, val, processes, for_gpus or torch.cuda.is_available())
     if check_only:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + json.dumps(settings, indent=2))
         return
@@ -86,7 +87,7 @@ def run(config: Config, check_only: bool, for_gpus: bool = False) -> None:
     start(config, settings, train, val)
 
 
-def check(config: Config, train: Mixture, val: ShardSet | None, on_gpu: bool) -> dict[str, Any]:
+def check(config: Config, train: Mixture, val: ShardSet | None, processes: int, on_gpu: bool) -> dict[str, Any]:
     """The resolved DeepSpeed settings, if the experiment fits itself, its shards and the number of processes.
 
     Raises TrainError, DataError, ModelError.
@@ -116,8 +117,7 @@ def check(config: Config, train: Mixture, val: ShardSet | None, on_gpu: bool) ->
         raise TrainError(
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is not below the run's {total_steps} steps; lower it"
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return deepspeed_config.resolve(config, world_size, on_gpu)
+    return deepspeed_config.resolve(config, processes, on_gpu)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""What train.memory tells beforehand, beside what real runs keep."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.labels import load_label_set
+from model.recompute import recompute
+from model.segmenter import build_segmenter
+from tests.conftest import ROOT, experiment, train_environment, zero
+from train import deepspeed_config
+from train.config import load_config
+from train.loss import PixelLoss
+from train.memory import Estimate, PeakTracker
+from train.optim import freeze
+
+FACE = load_label_set("face19")
+CASES = [
+    *((stage, "bf16") for stage in ("0", "1", "2", "2_offload", "3", "3_offload")),
+    *((stage, "fp32") for stage in ("1", "2")),
+]  # fmt: skip
+PROCESSES = 2
+
+
+def settings_of(stage: str, folder) -> str:
+    """As shipped, but for buckets that are smaller than the model."""
+    path = folder / f"zero{stage}_small.json"
+    settings = json.loads((ROOT / zero(stage, folder).partition("=")[2]).read_text())
+    if stage != "0":
+        settings["zero_optimization"]["reduce_bucket_size"] = 20_000
+    if stage.startswith("3"):  # else small parameters stay gathered
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(settings))
+    return f"deepspeed={path}"
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory) -> dict[tuple[str, str], tuple[list[str], dict[str, int]]]:
+    """Of each case the experiment and what rank 0 of its two processes measured."""
+    folder = tmp_path_factory.mktemp("memory")
+    jobs = {
+        f"{stage}-{precision}": experiment(
+            shards, folder / stage / precision, settings_of(stage, folder), f"precision={precision}", "micro_batch_size=2",
+            "schedule.steps=4", "log_every=100", "data.workers=0", "data.val=null", "ema.decay=0.9",
+        )
+        for stage, precision in CASES
+    }  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.measured_run", str(folder / "jobs.json"), str(PROCESSES)]
+    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=280, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {
+        (stage, precision): (jobs[f"{stage}-{precision}"], json.loads((folder / stage / precision / "memory.json").read_text()))
+        for stage, precision in CASES
+    }
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_every_zero_stage(runs, stage, precision):
+    (path, *overrides), measured = runs[stage, precision]
+    config = load_config(ROOT / path, overrides)
+    found = Estimate(FACE, True, PROCESSES).memory(config, deepspeed_config.resolve(config, PROCESSES, on_gpu=False))
+    print(f"zero{stage:<10} {precision}: held {found.held + found.host} / {measured['held']}, ", end="")
+    print(f"peak {found.device + found.host + measured['batch']} / {measured['peak']} bytes, predicted / measured")
+    if precision == "bf16":  # in fp32 some gradients still lie in their bucket
+        held = found.held + found.host
+        if stage.startswith("3"):  # gathered weights are gone by then, and its bucket is there from the start
+            held += 4 * 20_000 - (found.weights if "offload" in stage else found.weights - own_weights(config))
+        # The steps' counters, and the padding of a partition.
+        assert measured["held"] == pytest.approx(held, abs=4096)
+    assert measured["peak"] == pytest.approx(found.device + found.host + measured["batch"], rel=0.06)
+
+
+def own_weights(config) -> int:
+    """Bytes of a process's share at ZeRO-3."""
+    model = build_segmenter(config.model.arch, FACE.num_classes, config.model.image_size, config.model.patch_padding)
+    size = 4 if config.precision == "fp32" else 2
+    return size * sum(-(-parameter.numel() // PROCESSES) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.recompute=none", "loss.dice=1"],
+        ["model.recompute=head", "model.dropout=0.1", "model.drop_path=0.2"],
+        ["model.recompute=attention", "model.arch=tiny2", "model.patch_padding=null"],
+        ["model.recompute=mlp", "loss.label_smoothing=0.1"],
+        ["model.recompute=blocks", "model.freeze=2"],
+        ["model.recompute=2", "model.freeze=backbone"],
+    ],
+)
+@pytest.mark.parametrize("all_labelled", [True, False])
+def test_activations_are_those_of_real_tensors(shards, tmp_path, overrides, all_labelled):
+    """Byte for byte, in bf16."""
+    path, *others = experiment(shards, tmp_path, *overrides, "precision=bf16", "micro_batch_size=4")
+    config = load_config(ROOT / path, others)
+    found = Estimate(FACE, all_labelled, 1).memory(config, deepspeed_config.resolve(config, 1, on_gpu=False))
+    spec, size = config.model, (4, *config.model.image_size)
+    model = build_segmenter(
+        spec.arch, FACE.num_classes, spec.image_size, spec.patch_padding, spec.rope_precision, spec.dropout, spec.drop_path
+    ).bfloat16()
+    recompute(model, spec.recompute)
+    freeze(model, spec.freeze)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    loss, seeds = PixelLoss(torch.ones(FACE.num_classes), FACE, config.loss.label_smoothing, config.loss.dice), torch.arange(4)
+    with PeakTracker([*model.parameters(), *model.buffers()]) as tracker:
+        images, labels = torch.zeros(4, 3, *size[1:], dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        labelled = None if all_labelled else torch.ones(4, FACE.num_classes, dtype=torch.bool)
+        logits = model.train()(images, seeds)
+        loss.share(logits, labels, (1.0, 1.0), labelled).backward()
+    assert found.activations == tracker.peak > 100_000
+
+
+def test_what_is_recomputed_is_not_kept(shards, tmp_path):
+    def activations(mode: str, batch: int) -> int:
+        path, *others = experiment(shards, tmp_path, f"model.recompute={mode}", f"micro_batch_size={batch}", "precision=bf16")
+        config = load_config(ROOT / path, others)
+        return Estimate(FACE, True, 1).memory(config, deepspeed_config.resolve(config, 1, on_gpu=False)).activations
+
+    assert activations("blocks", 4) < activations("head", 4) < activations("none", 4)
+    assert activations("none", 4) > 1.9 * activations("none", 2)
+
+
+def test_the_estimate_of_a_large_model_allocates_nothing(shards, tmp_path):
+    """5 billion parameters, in a process that could not hold them."""
+    code = """
+import resource
+from pathlib import Path
+from data.labels import load_label_set
+from train import deepspeed_config
+from train.config import load_config
+from train.memory import Estimate
+config = load_config(Path("train/configs/sapiens2_29_5b.yaml"), [])
+memory = Estimate(load_label_set("sapiens2_29"), True, 8).memory(config, deepspeed_config.resolve(config, 8, True))
+print(memory.device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=train_environment(), text=True, capture_output=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    device, used = map(int, done.stdout.split())
+    assert device > 15e9 and used < 4e9
