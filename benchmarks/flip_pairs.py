@@ -54,7 +54,8 @@ def main() -> None:
     for key in (*sided, "val/miou"):
         print(f"{key.split('/')[-1]:<12} {with_pairs[key]:10.3f} {without[key]:9.3f}")
     means = [sum(run[key] for key in sided) / len(sided) for run in (with_pairs, without)]
-    print(f"{'mean of six':<12} {means[0]:10.3f} {means[1]:9.3f}   ratio {means[1] / means[0]:.2f}")
+    ratio = means[1] / means[0] if means[0] else float("nan")  # of a few steps
+    print(f"{'mean of six':<12} {means[0]:10.3f} {means[1]:9.3f}   ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cluster.conftest import SSH_PORT
 from tests.cluster.hosts import Hosts
 from tests.cluster.runs import HELD, STEPS, VARIABLES, hold, let_go, settings, until, until_held
 from tests.conftest import ROOT
-from tests.packages import needed
 from train.interrupt import INTERRUPTED
 
-PORT = 2222
 SECONDS = 30  # within which nothing may be left of a run that has failed
 pytestmark = pytest.mark.timeout(200)
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    needed("openssh-server", "openssh-client", "iproute2")
-    pair = Hosts(tmp_path_factory.mktemp("hosts"), ssh_port=PORT)
-    yield pair
-    pair.stop()
 
 
 class Started:
@@ -33,7 +24,7 @@ class Started:
 
     def __init__(self, hosts: Hosts, shards: Path, folder: Path, *overrides: str, slots: int = 1, **variables: str) -> None:
         self.hosts, self.folder, self.printed = hosts, folder, folder.with_suffix(".txt")
-        environment = {**os.environ, **VARIABLES, **hosts.environment, "SSH_PORT": str(PORT), "OUTPUT_DIR": str(folder)}
+        environment = {**os.environ, **VARIABLES, **hosts.environment, "SSH_PORT": str(SSH_PORT), "OUTPUT_DIR": str(folder)}
         environment |= {"HOSTFILE": str(hosts.hostfile(slots)), **variables}
         command = ["env", "--default-signal=INT", *hosts.command(0, "launch/multinode.sh", *settings(shards, 2), *overrides)]
         with self.printed.open("w") as output:
