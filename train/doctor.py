@@ -24,6 +24,7 @@ from data.pictures import save_png
 from data.remote import FileCache
 from data.shards import ShardSet, verify
 from model import ModelError
+from model.archs import get_arch
 from model.segmenter import build_segmenter
 from model.weight_files import HUB
 from model.weights import match_weights
@@ -139,8 +140,8 @@ class Doctor:
         config = self.config
         if config.load_from is None:
             yield "fresh: load_from names no file"
-            if config.model.freeze is not None:
-                yield self._warning("model.freeze without load_from: what is frozen keeps its random weights")
+            if get_arch(config.model.arch).licence:  # Meta has released some
+                yield self._warning("load_from: names no weights: training from scratch takes far more images and time")
             return
         if config.load_from.startswith(HUB):
             yield f"{config.load_from} is looked at when the run starts: it may have to be fetched"
