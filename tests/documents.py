@@ -42,7 +42,7 @@ INSTEAD = {
     "python benchmarks/flip_pairs.py": "mode=debug {} schedule.steps=2",  # trains in one process, which starts sooner
     "python -m benchmarks.recomputation": "{} --arch tiny --size 64 32",
     "python -m benchmarks.memory": "{} --help",
-    "python -m train.doctor --config train/configs/face_1b.yaml --gpus 8 --gpu-memory 24": "{} global_batch_size=64 micro_batch_size=2",
+    "python -m train.doctor --config train/configs/face_1b.yaml --gpus 8 --gpu-memory 24": "{} micro_batch_size=2",
     "python -m model.export --weights sapiens_1b_goliath.pth --patch-padding 0 --label-set data/label_sets/goliath28.yaml "
     "--format safetensors": "{} --image-size 32 24",
 }

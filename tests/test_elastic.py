@@ -80,7 +80,7 @@ def test_goes_on_in_other_worlds_and_at_other_stages(shards, tmp_path, saved, pr
                     np.testing.assert_allclose(ours[key], weight, atol=2e-5, err_msg=f"{name} {file} {key}")
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_NVME"), reason="TEST_NVME=1, when DeepSpeed's async_io is compiled: docs/choosing.md")
+@pytest.mark.skipif(not os.environ.get("TEST_NVME"), reason="TEST_NVME=1, with DeepSpeed's async_io compiled: docs/choosing.md")
 def test_an_optimizer_on_nvme_goes_on_as_one_in_memory(shards, tmp_path):
     (tmp_path / "nvme").mkdir()
     jobs = {
