@@ -10,7 +10,7 @@ import torch
 from data.labels import load_label_set
 from model.recompute import recompute
 from model.segmenter import build_segmenter
-from tests.conftest import ROOT, experiment, train_environment, zero
+from tests.conftest import ROOT, experiment, recorded_runs, train_environment, zero
 from train import deepspeed_config
 from train.config import load_config
 from train.loss import PixelLoss
@@ -145,3 +145,19 @@ print(memory.device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     assert done.returncode == 0, done.stderr
     device, used = map(int, done.stdout.split())
     assert device > 15e9 and used < 4e9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of 40 GB")
+@pytest.mark.parametrize("arch", ["sapiens_0.3b", "sapiens2_0.4b", "sapiens_1b"])
+def test_on_a_gpu(shards, tmp_path, arch):
+    """What PyTorch has allocated at most, in a run of one process."""
+    path, *overrides = experiment(
+        shards, tmp_path / "run", f"model.arch={arch}", "model.image_size=[1024,768]", "model.patch_padding=null",
+        "model.recompute=blocks", "micro_batch_size=1", "global_batch_size=2", "schedule.steps=3", "data.val=null",
+    )  # fmt: skip
+    recorded_runs({arch: [path, *overrides]}, tmp_path, 0)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    config = load_config(ROOT / path, overrides)
+    found = Estimate(FACE, True, 1).memory(config, deepspeed_config.resolve(config, 1, on_gpu=True))
+    print(f"{arch}: {found.device / 1e9:.2f} / {lines[-1]['memory/peak_gb']:.2f} GB, predicted / measured")
+    assert lines[-1]["memory/peak_gb"] == pytest.approx(found.device / 1e9, rel=0.1)
