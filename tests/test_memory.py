@@ -18,19 +18,24 @@ from train.memory import Estimate, PeakTracker
 from train.optim import freeze
 
 FACE = load_label_set("face19")
+SMALL_BUCKET, LARGE_BUCKET = 20_000, 700_000  # elements: the model has 579 thousand
+# ZeRO stage, precision, elements of a bucket, processes, side of the images in pixels: the smaller, the less of the peak are
+# activations.
 CASES = [
-    *((stage, "bf16") for stage in ("0", "1", "2", "2_offload", "3", "3_offload")),
-    *((stage, "fp32") for stage in ("1", "2")),
+    *((stage, "bf16", SMALL_BUCKET, 2, 64) for stage in ("0", "1", "2", "2_offload", "3", "3_offload")),
+    *((stage, "bf16", LARGE_BUCKET, 2, 16) for stage in ("2", "2_offload", "3", "3_offload")),
+    *((stage, "bf16", LARGE_BUCKET, 1, 16) for stage in ("0", "1", "2", "3")),
+    *((stage, "fp32", LARGE_BUCKET, 2, 16) for stage in ("1", "2", "3")),
 ]  # fmt: skip
-PROCESSES = 2
+Case = tuple[str, str, int, int, int]
 
 
-def settings_of(stage: str, folder) -> str:
-    """As shipped, but for buckets that are smaller than the model."""
-    path = folder / f"zero{stage}_small.json"
+def settings_of(stage: str, bucket: int, folder) -> str:
+    """As shipped, but for the bucket."""
+    path = folder / f"zero{stage}_{bucket}.json"
     settings = json.loads((ROOT / zero(stage, folder).partition("=")[2]).read_text())
     if stage != "0":
-        settings["zero_optimization"]["reduce_bucket_size"] = 20_000
+        settings["zero_optimization"]["reduce_bucket_size"] = bucket
     if stage.startswith("3"):  # else small parameters stay gathered
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path.write_text(json.dumps(settings))
@@ -38,47 +43,70 @@ def settings_of(stage: str, folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> dict[tuple[str, str], tuple[list[str], dict[str, int]]]:
-    """Of each case the experiment and what rank 0 of its two processes measured."""
+def runs(shards, tmp_path_factory) -> dict[Case, tuple[list[str], dict[str, int]]]:
+    """Of each case the experiment and what rank 0 measured."""
     folder = tmp_path_factory.mktemp("memory")
     jobs = {
-        f"{stage}-{precision}": experiment(
-            shards, folder / stage / precision, settings_of(stage, folder), f"precision={precision}", "micro_batch_size=2",
-            "schedule.steps=4", "log_every=100", "data.workers=0", "data.val=null", "ema.decay=0.9",
+        case: experiment(
+            shards, folder / str(i), settings_of(stage, bucket, folder), f"precision={precision}", "micro_batch_size=2",
+            f"model.image_size=[{side},{side}]", "schedule.steps=4", "log_every=100", "data.workers=0", "data.val=null",
+            "ema.decay=0.9",
         )
-        for stage, precision in CASES
+        for i, case in enumerate(CASES)
+        for stage, precision, bucket, _, side in [case]
     }  # fmt: skip
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.measured_run", str(folder / "jobs.json"), str(PROCESSES)]
-    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=280, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {
-        (stage, precision): (jobs[f"{stage}-{precision}"], json.loads((folder / stage / precision / "memory.json").read_text()))
-        for stage, precision in CASES
-    }
+    for processes in (1, 2):
+        path = folder / f"{processes}.json"
+        path.write_text(json.dumps({str(case): job for case, job in jobs.items() if case[3] == processes}))
+        command = [sys.executable, "-m", "tests.measured_run", str(path), str(processes)]
+        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=280, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return {case: (jobs[case], json.loads((folder / str(i) / "memory.json").read_text())) for i, case in enumerate(CASES)}
 
 
-@pytest.mark.parametrize(("stage", "precision"), CASES)
-def test_every_zero_stage(runs, stage, precision):
-    (path, *overrides), measured = runs[stage, precision]
+@pytest.mark.timeout(600)  # the first one waits for all of the runs, a minute on two free cores
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_every_zero_stage(runs, case):
+    stage, precision, bucket, processes, _ = case
+    (path, *overrides), measured = runs[case]
     config = load_config(ROOT / path, overrides)
-    found = Estimate(FACE, True, PROCESSES).memory(config, deepspeed_config.resolve(config, PROCESSES, on_gpu=False))
-    print(f"zero{stage:<10} {precision}: held {found.held + found.host} / {measured['held']}, ", end="")
-    print(f"peak {found.device + found.host + measured['batch']} / {measured['peak']} bytes, predicted / measured")
+    found = Estimate(FACE, True, processes).memory(config, deepspeed_config.resolve(config, processes, on_gpu=False))
+    held, peak = found.held + found.host, found.device + found.host + measured["batch"]
+    if stage.startswith("3"):  # gathered weights are gone by then, and its bucket is there from the start
+        held += 4 * bucket - (found.weights if "offload" in stage else found.weights - own_weights(config, processes))
+    print(f"zero{stage:<10} {precision} {processes} processes, bucket {bucket}: ", end="")
+    print(f"held {held} / {measured['held']}, peak {peak} / {measured['peak']} bytes, predicted / measured")
     if precision == "bf16":  # in fp32 some gradients still lie in their bucket
-        held = found.held + found.host
-        if stage.startswith("3"):  # gathered weights are gone by then, and its bucket is there from the start
-            held += 4 * 20_000 - (found.weights if "offload" in stage else found.weights - own_weights(config))
         # The steps' counters, and the padding of a partition.
         assert measured["held"] == pytest.approx(held, abs=4096)
-    assert measured["peak"] == pytest.approx(found.device + found.host + measured["batch"], rel=0.06)
+    assert measured["peak"] == pytest.approx(peak, rel=0.06)
 
 
-def own_weights(config) -> int:
+def own_weights(config, processes: int) -> int:
     """Bytes of a process's share at ZeRO-3."""
     model = build_segmenter(config.model.arch, FACE.num_classes, config.model.image_size, config.model.patch_padding)
     size = 4 if config.precision == "fp32" else 2
-    return size * sum(-(-parameter.numel() // PROCESSES) for parameter in model.parameters())
+    return size * sum(-(-parameter.numel() // processes) for parameter in model.parameters())
+
+
+def test_what_is_frozen_has_neither_gradients_nor_states(shards, tmp_path):
+    path, *others = experiment(shards, tmp_path, "precision=bf16", "data.val=null", "model.freeze=backbone")
+    config = load_config(ROOT / path, others)
+    found = Estimate(FACE, True, 1).memory(config, deepspeed_config.resolve(config, 1, on_gpu=False))
+    with torch.device("meta"):
+        model = build_segmenter(config.model.arch, FACE.num_classes, config.model.image_size, config.model.patch_padding)
+    learnt = sum(parameter.numel() for parameter in model.decode_head.parameters())
+    assert found.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert found.gradients == 6 * learnt and found.optimizer == pytest.approx(12 * learnt, abs=100)
+
+
+def test_a_large_batch_of_validation_counts(shards, tmp_path):
+    def device(batch: int) -> int:
+        path, *others = experiment(shards, tmp_path, "precision=bf16", "micro_batch_size=1", f"evaluate.batch_size={batch}")
+        config = load_config(ROOT / path, [*others, "model.image_size=[128,96]"])
+        return Estimate(FACE, True, 1).memory(config, deepspeed_config.resolve(config, 1, on_gpu=False)).device
+
+    assert device(64) > 2 * device(1)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_a_run_without_validation_or_with_half_a_line(tmp_path):
     assert "1.5000" in (folder / "report.html").read_text()
 
 
+def test_odd_files_do_no_harm(tmp_path):
+    """As of a disk that was full, or of other programs."""
+    folder = tmp_path / "run"
+    (folder / "validation/step_00000001").mkdir(parents=True)
+    (folder / "validation/step_00000001/scores.json").write_text('{"confusion": [[1, 0], [0, 1]]}')
+    (folder / "metrics.jsonl").write_text('5\n{"no": 1}\n{"step": 0, "train/loss": 1.5, "note": "text"}\n')
+    (folder / "environment.json").write_text('{"packages": ["torch"], "processes": 1}')
+    (folder / "config.yaml").write_text("model: tiny\n")
+    assert python("-m", "train.report", folder).returncode == 0
+    assert "1.5000" in (folder / "report.html").read_text()
+
+
 def test_a_folder_without_a_run_is_told(tmp_path):
     done = python("-m", "train.report", tmp_path)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/metrics.jsonl: no metrics there; give the output")

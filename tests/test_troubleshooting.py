@@ -29,8 +29,10 @@ NO_MESSAGES = {
     ),
     "results": (
         "export: MB, its logits differ by", "trial_sum: s GB/s bus bandwidth", "run: at x classes training and",
-        "doctor: training and", "doctor: of each set", "doctor: look at", "doctor: a new run in", "doctor: fresh: load_from",
-        "doctor: as measured in", "doctor: hours at", "doctor: GB are needed on", "doctor: none asked", "remedies: GB of each",
+        "data_findings: training images of", "data_findings: of each set", "data_findings: look at", "doctor: a new run in",
+        "doctor: fresh: load_from", "doctor: as measured in", "doctor: hours at", "doctor: GB are needed on",
+        "doctor: none asked", "doctor: the checkpoint's", "doctor: the steps that are left", "remedies: GB of each",
+        "data_findings: validation images",
     ),
     "layouts of data sets, which --help and docs/data.md tell": (
         "sources: the unpacked", "sources: LIP", "sources: CIHP", "sources: images/, masks/", "sources: two folders of images",

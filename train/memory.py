@@ -1,12 +1,12 @@
 """What a process of a run will keep in memory, told beforehand: nothing is allocated, and no GPU is needed.
 
 Activations are measured: the run's own model and loss go forward and backward with tensors that have a shape and no data.
-Weights, gradients and the optimizer's state are counted by the rules of DeepSpeed's ZeRO.
+Weights, gradients and the optimizer's state are counted: train.zero_memory.
 """
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,35 +22,7 @@ from train.config import Config
 from train.deepspeed_config import stage
 from train.loss import PixelLoss
 from train.optim import build_optimizer, freeze
-
-FP32 = 4  # bytes of an element
-ALIGNMENT = 2  # elements: DeepSpeed fills its flat groups up to so many for each process
-UNSHARDED_BUCKET = 500_000_000  # elements that are sent at a time at ZeRO stage 0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process: on its device, but for `host` and `copies` in the machine's memory, and `disk` on NVMe."""
-
-    weights: int  # at ZeRO-3 with those that are gathered at a time
-    gradients: int
-    optimizer: int  # fp32 weights beside the model's, AdamW's moments, the average of `ema`
-    activations: int  # at most, of one micro batch: with what forward and backward pass take for a moment
-    buffers: int = 0  # in which gradients are sent during the backward pass
-    update: int = 0  # what sending gradients and the optimizer's step take, when the activations are gone
-    host: int = 0  # what is offloaded
-    disk: int = 0
-    copies: int = 0  # on the host, of a checkpoint that is written
-
-    @property
-    def device(self) -> int:
-        """At the worst moment of a step."""
-        return self.held + max(self.buffers + self.activations, self.update)
-
-    @property
-    def held(self) -> int:
-        """From step to step, and the gradients."""
-        return self.weights + self.gradients + self.optimizer
+from train.zero_memory import FP32, Memory, Sizes, kept_by
 
 
 class PeakTracker(TorchDispatchMode):
@@ -99,18 +71,23 @@ class Estimate:
 
     def __init__(self, label_set: LabelSet, all_labelled: bool, processes: int) -> None:
         self.label_set, self.all_labelled, self.processes = label_set, all_labelled, processes
-        self._measured: dict[str, tuple[int, Sizes]] = {}
+        self._measured: dict[str, tuple[int, int, Sizes]] = {}
 
     def memory(self, config: Config, settings: dict[str, Any]) -> Memory:
         """Of a process of this experiment, with these resolved DeepSpeed settings."""
         dtype, autocast = _dtype(settings)
-        spec = config.model.model_dump_json(), config.loss.model_dump_json(), config.micro_batch_size, dtype, autocast
-        if (key := str(spec)) not in self._measured:
+        batches = config.micro_batch_size, config.evaluate.batch_size if config.data.val else 0
+        key = str((config.model.model_dump_json(), config.loss.model_dump_json(), *batches, dtype, autocast))
+        if key not in self._measured:
             model = _fake_model(config, self.label_set.num_classes, dtype)
-            self._measured[key] = self._activations(model, config, autocast), _sizes(model, config)
-        activations, sizes = self._measured[key]
-        rules = {0: _unsharded, 1: _stage12, 2: _stage12, 3: _stage3}[stage(settings)]
-        return rules(settings, sizes, self.processes, activations, config.ema.decay is not None)
+            validation = self._validation(model, config, autocast) if config.data.val else 0
+            self._measured[key] = self._activations(model, config, autocast), validation, _sizes(model, config)
+        activations, validation, sizes = self._measured[key]
+        averaged = config.ema.decay is not None
+        found = kept_by(settings, sizes, self.processes, activations, averaged)
+        # The average changes places with the weights for that: one more copy of what AdamW keeps on the device.
+        exchanged = found.optimizer // (3 + (stage(settings) > 0)) if averaged else 0
+        return replace(found, validation=validation + exchanged if validation else 0)
 
     def _activations(self, model: Segmenter, config: Config, autocast: bool) -> int:
         """The peak of a micro batch's forward pass, loss and backward pass, without the gradients of parameters."""
@@ -128,26 +105,16 @@ class Estimate:
             loss.share(logits, labels, (1.0, 1.0), labelled).backward()
         return tracker.peak
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of a model's parameters, each as long as its list."""
-
-    all: list[int]
-    learning: list[list[int]]  # of the optimizer's groups
-    bytes: int  # of an element
-
-    @property
-    def total(self) -> int:
-        return sum(self.all)
-
-    @property
-    def learnt(self) -> int:
-        return sum(map(sum, self.learning))
-
-    @property
-    def largest(self) -> int:
-        return max(map(max, self.learning))
+    def _validation(self, model: Segmenter, config: Config, autocast: bool) -> int:
+        """The peak of a batch's forward pass, and the logits of one image at the size of its mask, taken for the model's."""
+        size = config.model.image_size
+        with next(model.parameters()).fake_mode, PeakTracker([*model.parameters(), *model.buffers()]) as tracker, torch.no_grad():
+            images = torch.empty(config.evaluate.batch_size, 3, *size, dtype=torch.uint8)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model.eval()(images)
+            kept = logits.nbytes + images.nbytes
+        model.train()
+        return max(tracker.peak, kept + 2 * FP32 * self.label_set.num_classes * size[0] * size[1])
 
 
 def _sizes(model: Segmenter, config: Config) -> Sizes:
@@ -156,63 +123,6 @@ def _sizes(model: Segmenter, config: Config) -> Sizes:
     learning = [[parameter.numel() for parameter in group["params"]] for group in groups]
     parameters = list(model.parameters())
     return Sizes([parameter.numel() for parameter in parameters], learning, parameters[0].element_size())
-
-
-def _unsharded(settings: dict[str, Any], sizes: Sizes, n: int, activations: int, averaged: bool) -> Memory:
-    state = (2 + averaged) * FP32 * sizes.learnt
-    return Memory(
-        weights=FP32 * sizes.total,
-        gradients=FP32 * sizes.learnt,
-        optimizer=state,
-        activations=activations,
-        update=_sent_at_once(sizes, n),
-        copies=(state + FP32 * sizes.learnt) // n,
-    )
-
-
-def _stage12(settings: dict[str, Any], sizes: Sizes, n: int, activations: int, averaged: bool) -> Memory:
-    zero = settings["zero_optimization"]
-    part = sum(-(-sum(group) // (ALIGNMENT * n)) * ALIGNMENT for group in sizes.learning)  # elements of a process
-    weights, state = sizes.bytes * sizes.total, (3 + averaged) * FP32 * part
-    bucket = (1 + bool(zero.get("overlap_comm"))) * zero.get("reduce_bucket_size", UNSHARDED_BUCKET)  # elements
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        # On the host the gradients twice, added up and to be stepped, and the new weights on their way back. They go there
-        # one by one, through a buffer on either side.
-        largest = sizes.bytes * sizes.largest
-        host = state + (2 * FP32 + sizes.bytes) * part + largest
-        return Memory(weights, largest, 0, activations, sizes.bytes * bucket, host=host, copies=state)
-    if stage(settings) == 2:
-        gradients, buffers, update = FP32 * part, sizes.bytes * bucket, FP32 * part
-    elif settings.get("bf16", {}).get("enabled"):  # DeepSpeed's BF16_Optimizer: whole gradients in fp32 beside those in bf16
-        gradients, buffers, update = (FP32 + sizes.bytes) * sizes.learnt, 0, _sent_at_once(sizes, n)
-    else:
-        gradients, buffers, update = FP32 * sizes.learnt, FP32 * bucket, 2 * FP32 * part
-    return Memory(weights, gradients, state, activations, buffers, update, copies=state)
-
-
-def _stage3(settings: dict[str, Any], sizes: Sizes, n: int, activations: int, averaged: bool) -> Memory:
-    zero = settings["zero_optimization"]
-    part = sum(-(-size // n) for group in sizes.learning for size in group)
-    own, gradients, state = sizes.bytes * sum(-(-size // n) for size in sizes.all), FP32 * part, (3 + averaged) * FP32 * part
-    # Sent parameter by parameter if one is larger than the bucket: then in fp32, twice for a moment.
-    buffers = FP32 * (zero.get("reduce_bucket_size", UNSHARDED_BUCKET) + 2 * sizes.largest * (n > 1))
-    gathered = sizes.bytes * min(sizes.total, int(zero.get("stage3_max_live_parameters", 10**9)))
-    update = FP32 * min(part, int(zero.get("sub_group_size", 10**9)))
-    weights, host, disk = own, 0, 0
-    if zero.get("offload_param", {}).get("device", "none") != "none":
-        weights, host = gathered, own
-    elif n > 1:  # else there is nothing to gather
-        weights += gathered
-    device = zero.get("offload_optimizer", {}).get("device", "none")
-    if device == "none":
-        return Memory(weights, gradients, state, activations, buffers, update, host, disk, copies=state)
-    host, disk = (host + 2 * gradients, state) if device == "nvme" else (host + 2 * gradients + state, 0)
-    return Memory(weights, 0, 0, activations, buffers, 0, host, disk, copies=state)
-
-
-def _sent_at_once(sizes: Sizes, n: int) -> int:
-    """Bytes in which gradients are sent that are not sharded, when the backward pass is over."""
-    return FP32 * min(sizes.learnt, UNSHARDED_BUCKET) if n > 1 else 0
 
 
 def _dtype(settings: dict[str, Any]) -> tuple[torch.dtype, bool]:

@@ -4,21 +4,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from data.labels import LabelSet
 from train import TrainError, deepspeed_config
 from train.config import Config
-from train.memory import Estimate, Memory
+from train.memory import Estimate
+from train.zero_memory import Memory
 
 GB = 1e9
 CUDA_BYTES = 1.5e9  # what CUDA, cuDNN and NCCL take for themselves; a guess
 FRAGMENTS = 1.05  # of what tensors take, PyTorch keeps so much: a guess
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")  # of ds_configs/
-# What a change costs in a step's time, as a share of it: benchmarks/recomputation.py for what is computed again, experience
-# with DeepSpeed for the rest. Only their order matters.
+# What a change costs in a step's time, as a share of it: benchmarks/recomputation.py for what is computed again, guesses for the
+# rest. Only their order matters.
 RECOMPUTED = {"none": 0.0, "head": 0.02, "blocks": 0.25}
 SHARDED = {"zero0": 0.0, "zero1": 0.0, "zero2": 0.01, "zero3": 0.2, "zero2_offload": 0.6, "zero3_offload": 1.0}
 SINGLE = 0.05  # for each image less in a micro batch
+
+
+def resolve(config: Config, processes: int, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's settings, of which DeepSpeed itself judges the ZeRO section. Raises TrainError."""
+    settings = deepspeed_config.resolve(config, processes, on_gpu)
+    from train.engine import deepspeed  # not above: its import takes seconds
+
+    try:
+        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise TrainError(f"{config.deepspeed}: DeepSpeed refuses {found}") from None
+    return settings
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Remedies:
     def fit(self, config: Config) -> Fit | None:
         """None for what cannot be trained so, as ZeRO-3 with `compile`."""
         try:
-            settings = deepspeed_config.resolve(config, self.processes, self.on_gpu)
+            settings = resolve(config, self.processes, self.on_gpu)
         except TrainError:
             return None
         memory = self.estimate.memory(config, settings)
@@ -68,8 +85,8 @@ class Remedies:
             fits = "" if self.have is None else "   fits" if found.fits else "   too much"
             yield f"{line}{told}{found.needed / GB:>10.2f}{host:>8.2f}{fits}"
 
-    def cheapest(self, config: Config) -> str | None:
-        """The overrides that make it fit, in the way that costs the least time; None if none does."""
+    def cheapest(self, config: Config) -> tuple[str, Fit] | None:
+        """The overrides that make it fit, in the way that costs the least time, and what it needs then; None if none does."""
         for changes in sorted(self._changes(config), key=_cost(config)):
             update = {"deepspeed": changes[0], "micro_batch_size": changes[1]}
             changed = config.model_copy(update={**update, "model": config.model.model_copy(update={"recompute": changes[2]})})
@@ -77,7 +94,8 @@ class Remedies:
             if found and found.fits:
                 was = config.deepspeed, config.micro_batch_size, config.model.recompute
                 names = ("deepspeed", "micro_batch_size", "model.recompute")
-                return " ".join(f"{name}={new}" for name, old, new in zip(names, was, changes, strict=True) if new != old)
+                told = (f"{name}={new}" for name, old, new in zip(names, was, changes, strict=True) if new != old)
+                return " ".join(told), found
         return None
 
     def _changes(self, config: Config) -> Iterator[tuple[Path, int, str | int]]:
@@ -85,9 +103,10 @@ class Remedies:
         known = list(SHARDED)
         stem = config.deepspeed.stem
         files = [Path(f"ds_configs/{name}.json") for name in known[known.index(stem) + 1 if stem in known else 0 :]]
+        batches = [size for size in range(1, config.micro_batch_size + 1) if config.micro_batch_size % size == 0]
         levels, recomputed = list(RECOMPUTED), config.model.recompute
         stronger = levels[levels.index(recomputed) + 1 :] if recomputed in levels else ["blocks"]
-        return product([config.deepspeed, *files], sorted({1, config.micro_batch_size}), [recomputed, *stronger])
+        return product([config.deepspeed, *files], batches, [recomputed, *stronger])
 
 
 def _cost(config: Config):

@@ -39,7 +39,7 @@ def write_report(folder: Path) -> Path:
         sections=[(title, [_html(figure) for figure in found]) for title, found in sections(series, validation) if found],
         pictures=_pictures(validation[0]) if validation else [],
         config=yaml.safe_dump(config, sort_keys=False),
-        about={key: value for key, value in about.items() if not isinstance(value, dict)} | about.get("packages", {}),
+        about={key: value for key, value in about.items() if not isinstance(value, dict)} | _section(about, "packages"),
         deepspeed=json.dumps(about.get("deepspeed_settings", {}), indent=2),
         log="\n".join(_text(folder / "log.txt").splitlines()[-LAST_LINES:]),
     )
@@ -57,10 +57,11 @@ def read_metrics(path: Path) -> Series:
     for line in _text(path).splitlines():
         try:
             values = json.loads(line)
-        except ValueError:
+            values["step"] + 1
+        except (ValueError, TypeError, KeyError):
             continue  # half a line of a run that was killed, or is at work
         for key, value in values.items():
-            if key not in ("step", "samples") and value is not None:
+            if key not in ("step", "samples") and isinstance(value, int | float):
                 steps, numbers = series.setdefault(key, ([], []))
                 steps.append(values["step"] + 1)
                 numbers.append(value)
@@ -83,7 +84,7 @@ def facts(series: Series, config: dict, about: dict, validation: tuple | None) -
         ("images/s", last("speed/images_per_second", "{:.1f}")),
         ("MFU", last("speed/mfu", "{:.1%}")),
         ("peak memory", last("memory/peak_gb", "{:.1f} GB")),
-        ("model", str(config.get("model", {}).get("arch", "-"))),
+        ("model", str(_section(config, "model").get("arch", "-"))),
         ("processes", str(about.get("processes", "-"))),
         ("device", str(about.get("device", "-"))),
     ]
@@ -176,8 +177,10 @@ def _last_validation(folder: Path, last_step: int) -> tuple[Path, dict, Scores] 
             if int(path.parent.name.removeprefix("step_")) > last_step:
                 continue
             told = json.loads(path.read_text())
-            return path.parent, told, Scores(np.array(told["confusion"]))
-        except (OSError, ValueError, KeyError):
+            scores = Scores(np.array(told["confusion"]))
+            if {"classes", "colors", "images"} <= told.keys() and len(scores.iou) == len(told["classes"]) == len(told["colors"]):
+                return path.parent, told, scores
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             continue  # the disk was full
     return None
 
@@ -193,6 +196,10 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _section(values: dict, key: str) -> dict:
+    return values[key] if isinstance(values.get(key), dict) else {}
 
 
 def _read(path: Path) -> dict:
