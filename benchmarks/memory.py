@@ -1,6 +1,6 @@
 """What each size needs on a GPU, as python -m train.doctor predicts it. Nothing is allocated, and no GPU is needed.
 
-    .venv/bin/python -m benchmarks.memory [--size 1024 768] [--gpus 8]
+    .venv/bin/python -m benchmarks.memory [--size 1024 768] [--gpus 8] [--archs sapiens_1b ...]
 
 Prints in GB, in bf16: what one image takes at most in forward and backward pass, for three settings of `model.recompute`, and
 what a GPU needs in all with one image at a time and `recompute=blocks`, on one GPU and on several, at some ZeRO stages.
@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[1024, 768], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--archs", nargs="+", default=[name for name in ARCHS if not name.startswith("tiny")])
     args = parser.parse_args()
     label_set = load_label_set("face19")
     alone, together = (Remedies(label_set, True, gpus, True, None) for gpus in (1, args.gpus))
@@ -38,9 +39,7 @@ def main() -> None:
     columns += [f"1 GPU, {stage}" for stage in ALONE] + [f"{args.gpus} GPUs, {stage}" for stage in TOGETHER]
     print("| size | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    for arch in ARCHS:
-        if arch.startswith("tiny"):
-            continue
+    for arch in args.archs:
         images = [alone.fit(experiment(arch, args.size, 1, mode, "zero1")).memory.activations for mode in MODES]
         needed = [alone.fit(experiment(arch, args.size, 1, "blocks", stage)).needed for stage in ALONE]
         needed += [together.fit(experiment(arch, args.size, args.gpus, "blocks", stage)).needed for stage in TOGETHER]

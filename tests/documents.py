@@ -41,7 +41,9 @@ INSTEAD = {
     "python -m benchmarks.real_faces /path/to/dataset_100 schedule.steps=1900": "{} --help",
     "python benchmarks/flip_pairs.py": "mode=debug {} schedule.steps=2",  # trains in one process, which starts sooner
     "python -m benchmarks.recomputation": "{} --arch tiny --size 64 32",
-    "python -m benchmarks.memory": "{} --help",
+    "python -m benchmarks.memory": "{} --archs tiny tiny2 --size 64 32",
+    "python -m train.doctor --config train/configs/face_1b.yaml load_from=sapiens_1b_epoch_173_clean.pth "
+    "--gpus 8 --gpu-memory 80": "{} micro_batch_size=2",
     "python -m train.doctor --config train/configs/face_1b.yaml --gpus 8 --gpu-memory 24": "{} micro_batch_size=2",
     "python -m model.export --weights sapiens_1b_goliath.pth --patch-padding 0 --label-set data/label_sets/goliath28.yaml "
     "--format safetensors": "{} --image-size 32 24",
