@@ -9,7 +9,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +41,16 @@ def size(found: list[torch.Tensor]) -> int:
     return sum(nbytes for key, nbytes in storages.items() if key not in known)
 
 
+def settled(measure: Callable[[], int]) -> int:
+    """The least of some readings: what was sent is let go of by another thread, some time later."""
+    found = []
+    for _ in range(20):
+        gc.collect()
+        found.append(measure())
+        time.sleep(0.05)
+    return min(found)
+
+
 def build(model, config, settings):
     global output_dir
     output_dir = config.output_dir
@@ -60,7 +71,8 @@ def measured_step(engine, micro_batches, *others):
 
     def watched_step() -> None:
         if engine.is_gradient_accumulation_boundary():
-            told["held"] = size([t for t in tensors() if t.is_leaf and t.dtype in (torch.float32, torch.bfloat16)])
+            kept = (torch.float32, torch.bfloat16)
+            told["held"] = settled(lambda: size([t for t in tensors() if t.is_leaf and t.dtype in kept]))
         step()
 
     engine.step = watched_step

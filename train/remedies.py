@@ -23,6 +23,9 @@ STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload") 
 RECOMPUTED = {"none": 0.0, "head": 0.02, "blocks": 0.25}
 SHARDED = {"zero0": 0.0, "zero1": 0.0, "zero2": 0.01, "zero3": 0.2, "zero2_offload": 0.6, "zero3_offload": 1.0}
 SINGLE = 0.05  # for each image less in a micro batch
+VALIDATED_ALONE = 0.001  # one image at a time
+# DeepSpeed's file, micro batch, what is recomputed, batch of validation.
+Changes = tuple[Path, int, str | int, int]
 
 
 def resolve(config: Config, processes: int, on_gpu: bool) -> dict[str, Any]:
@@ -88,32 +91,39 @@ class Remedies:
     def cheapest(self, config: Config) -> tuple[str, Fit] | None:
         """The overrides that make it fit, in the way that costs the least time, and what it needs then; None if none does."""
         for changes in sorted(self._changes(config), key=_cost(config)):
-            update = {"deepspeed": changes[0], "micro_batch_size": changes[1]}
-            changed = config.model_copy(update={**update, "model": config.model.model_copy(update={"recompute": changes[2]})})
-            found = self.fit(changed)
+            path, batch, recomputed, validated = changes
+            model = config.model.model_copy(update={"recompute": recomputed})
+            evaluate = config.evaluate.model_copy(update={"batch_size": validated})
+            update = {"deepspeed": path, "micro_batch_size": batch, "model": model, "evaluate": evaluate}
+            found = self.fit(config.model_copy(update=update))
             if found and found.fits:
-                was = config.deepspeed, config.micro_batch_size, config.model.recompute
-                names = ("deepspeed", "micro_batch_size", "model.recompute")
+                was = config.deepspeed, config.micro_batch_size, config.model.recompute, config.evaluate.batch_size
+                names = ("deepspeed", "micro_batch_size", "model.recompute", "evaluate.batch_size")
                 told = (f"{name}={new}" for name, old, new in zip(names, was, changes, strict=True) if new != old)
                 return " ".join(told), found
         return None
 
-    def _changes(self, config: Config) -> Iterator[tuple[Path, int, str | int]]:
-        """(DeepSpeed's file, micro batch, what is recomputed), each what it is or something that takes less memory."""
+    def _changes(self, config: Config) -> Iterator[Changes]:
+        """Each part what it is, or something that takes less memory."""
         known = list(SHARDED)
         stem = config.deepspeed.stem
         files = [Path(f"ds_configs/{name}.json") for name in known[known.index(stem) + 1 if stem in known else 0 :]]
         batches = [size for size in range(1, config.micro_batch_size + 1) if config.micro_batch_size % size == 0]
         levels, recomputed = list(RECOMPUTED), config.model.recompute
         stronger = levels[levels.index(recomputed) + 1 :] if recomputed in levels else ["blocks"]
-        return product([config.deepspeed, *files], batches, [recomputed, *stronger])
+        return product([config.deepspeed, *files], batches, [recomputed, *stronger], sorted({1, config.evaluate.batch_size}))
 
 
 def _cost(config: Config):
-    def cost(changes: tuple[Path, int, str | int]) -> float:
-        path, batch, recomputed = changes
+    def cost(changes: Changes) -> float:
+        path, batch, recomputed, validated = changes
         sharded = SHARDED.get(path.stem, 0.0) if path != config.deepspeed else 0.0
         again = RECOMPUTED.get(recomputed, 0.25) if recomputed != config.model.recompute else 0.0
-        return sharded + again + SINGLE * (config.micro_batch_size - batch)
+        return (
+            sharded
+            + again
+            + SINGLE * (config.micro_batch_size - batch)
+            + VALIDATED_ALONE * (validated != config.evaluate.batch_size)
+        )
 
     return cost
