@@ -23,9 +23,9 @@ SMALL_BUCKET, LARGE_BUCKET = 20_000, 700_000  # elements: the model has 579 thou
 # activations.
 CASES = [
     *((stage, "bf16", SMALL_BUCKET, 2, 64) for stage in ("0", "1", "2", "2_offload", "3", "3_offload")),
-    *((stage, "bf16", LARGE_BUCKET, 2, 16) for stage in ("2", "2_offload", "3", "3_offload")),
-    *((stage, "bf16", LARGE_BUCKET, 1, 16) for stage in ("0", "1", "2", "3")),
-    *((stage, "fp32", LARGE_BUCKET, 2, 16) for stage in ("1", "2", "3")),
+    *((stage, "bf16", LARGE_BUCKET, 2, 16) for stage in ("2", "3")),
+    *((stage, "bf16", LARGE_BUCKET, 1, 16) for stage in ("1", "3")),
+    *((stage, "fp32", LARGE_BUCKET, 2, 16) for stage in ("2", "3")),
 ]  # fmt: skip
 Case = tuple[str, str, int, int, int]
 
@@ -59,12 +59,12 @@ def runs(shards, tmp_path_factory) -> dict[Case, tuple[list[str], dict[str, int]
         path = folder / f"{processes}.json"
         path.write_text(json.dumps({str(case): job for case, job in jobs.items() if case[3] == processes}))
         command = [sys.executable, "-m", "tests.measured_run", str(path), str(processes)]
-        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=280, text=True, capture_output=True)
+        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=500, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return {case: (jobs[case], json.loads((folder / str(i) / "memory.json").read_text())) for i, case in enumerate(CASES)}
 
 
-@pytest.mark.timeout(600)  # the first one waits for all of the runs, a minute on two free cores
+@pytest.mark.timeout(1000)  # the first one waits for all of the runs, a minute on two free cores
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_zero_stage(runs, case):
     stage, precision, bucket, processes, _ = case
