@@ -35,6 +35,10 @@ class Arch:
         """The zero padding of the patch convolution, in pixels, that this family was pre-trained with."""
         return 2 if self.family == "sapiens" else 0
 
+    def padding(self, given: int | None) -> int:
+        """The patch convolution's: what is given, or for None what this family was pre-trained with."""
+        return self.patch_padding if given is None else given
+
     @property
     def licence(self) -> str:
         """Of the weights that Meta released for this family."""

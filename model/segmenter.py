@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
         self.arch = arch
         self.num_classes = num_classes
         self.image_size = image_size
-        self.patch_padding = arch.patch_padding if patch_padding is None else patch_padding
+        self.patch_padding = arch.padding(patch_padding)
         self.rope_precision = rope_precision if arch.family == "sapiens2" else "fp32"
         self.backbone = build_backbone(arch, image_size, self.patch_padding, rope_precision, drop_path)
         self.decode_head = DeconvHead(arch, num_classes, dropout)

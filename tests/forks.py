@@ -14,6 +14,7 @@ import torch
 
 import train.run  # noqa: F401  the slow imports
 from data.loader import PR_SET_PDEATHSIG
+from tests.conftest import PATIENCE
 from train.__main__ import run
 from train.config import load_config
 
@@ -79,6 +80,6 @@ def finish(processes: list[int], seconds: float) -> int:
 def attempt(job: list[str], world: int = 1) -> tuple[int, str]:
     """A run's exit code, and what it printed."""
     with TemporaryFile("w+") as output:
-        code = finish(start(job, world, output.fileno()), seconds=120)
+        code = finish(start(job, world, output.fileno()), seconds=PATIENCE)
         output.seek(0)
         return code, output.read()

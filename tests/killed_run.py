@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import train.loop
+from tests.conftest import PATIENCE
 from tests.forks import finish, kill, start
 from train.config import load_config
 from train.loop import Training
@@ -76,7 +77,7 @@ def main() -> None:
         enough = known + draw.randint(1, 4) if where != "start" else 0
         try:
             while steps_logged(folder) < enough or (where in MARKS and not marks(folder, where)):
-                assert time.monotonic() - before < 60, "no progress"
+                assert time.monotonic() - before < PATIENCE, "no progress"
                 time.sleep(0.003)
             until = time.monotonic() + draw.uniform(0, {"start": 3, "step": 0.4, "evaluation": 0.05, "saving": 0.01}[where])
             while time.monotonic() < until and (where != "start" or steps_logged(folder) == known):
@@ -85,7 +86,7 @@ def main() -> None:
             kill(processes)
         found = {mark: marks(folder, mark) for mark in MARKS}
         print(json.dumps({"world": world, "where": where, "seconds": round(time.monotonic() - before, 2), **found}), flush=True)
-    sys.exit(finish(start(plan["job"], next(worlds), sys.stderr.fileno()), seconds=200))
+    sys.exit(finish(start(plan["job"], next(worlds), sys.stderr.fileno()), seconds=PATIENCE))
 
 
 if __name__ == "__main__":

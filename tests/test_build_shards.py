@@ -17,6 +17,7 @@ from data.build_shards import NEXT, split_examples
 from data.prepare import KINDS
 from data.shards import ShardSet
 from data.sources import RawExample
+from tests.conftest import PATIENCE
 from tests.raw_faces import SIZE, content, draw, encoded, run, smooth
 
 RGB = smooth(np.random.default_rng(1))
@@ -166,12 +167,12 @@ def test_a_killed_build_leaves_no_index_and_no_processes(tmp_path, number, code)
     command = [sys.executable, "-m", "data.build_shards", "--dataset", "facesynthetics", "--workers", "2"]
     command += ["--root", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--samples-per-shard", "100"]
     build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("out/train/*.tar")):
         assert time.monotonic() < deadline and build.poll() is None
         time.sleep(0.05)
     build.send_signal(number)
-    build.communicate(timeout=30)  # ends when the last process that holds the pipe does
+    build.communicate(timeout=PATIENCE)  # ends when the last process that holds the pipe does
     assert build.returncode == code
     assert not list(tmp_path.glob("out/*/index.json"))
 

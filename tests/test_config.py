@@ -158,6 +158,10 @@ def with_json(tmp_path, text):
         ("{", "not valid JSON"),
         ("{}", "zero_optimization: missing"),
         ('{"zero_optimization": {"stage": 4}}', "stage: must be"),
+        (
+            '{"zero_optimization": {"stage": 2, "overlap_com": true}, "bf16": {"enabled": "auto"}}',
+            "refuses zero_optimization.overlap_com",
+        ),
         ('{"zero_optimization": {"stage": 1}, "zero_optimisation": {}}', "zero_optimisation: unknown key"),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: set `optimizer` in the YAML"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage: given twice"),

@@ -15,7 +15,7 @@ import yaml
 from data.shards import ShardSet
 from model.trained import load_segmenter
 from tests import wandb_file
-from tests.conftest import ROOT, Run, train, train_command, train_environment, wait_for_step, zero
+from tests.conftest import PATIENCE, ROOT, Run, train, train_command, train_environment, wait_for_step, zero
 from train.evaluate import evaluate
 
 PHASES = ("data", "wait", "forward", "backward", "optimizer")
@@ -140,12 +140,12 @@ def test_a_wandb_service_that_dies_or_sleeps_changes_nothing(shards, tmp_path, u
     services = []
     try:
         wait_for_step(folder, 5, process)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while not services:
             services = [p for p in psutil.Process(process.pid).children() if "wandb" in p.name()]
             assert time.monotonic() < deadline and process.poll() is None, "no service"
         os.kill(services[0].pid, getattr(signal, how))
-        assert process.wait(150) == 0, (tmp_path / "output.txt").read_text()
+        assert process.wait(PATIENCE) == 0, (tmp_path / "output.txt").read_text()
     finally:
         process.kill()
         for service in services:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data.yaml_files import Settings
-from tests.conftest import ROOT, python
+from tests.conftest import PATIENCE, ROOT, python
 from tests.documents import INSTEAD, NOT_RUN, PAGES, README, blocks, commands, literal, make_world, prose, run
 from train.config import Config, load_config
 
@@ -54,7 +54,6 @@ def follow(folder: Path, page: str, chosen: list[str]) -> None:
         assert code == 0, f"{page}: exit code {code} of\n{command}\n\n{output[-6000:]}"
 
 
-@pytest.mark.timeout(900)  # a minute a page on two free cores
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and commands(page)])
 def test_the_commands_of_a_page_run(page, request, tmp_path):
     make_world(tmp_path)
@@ -102,7 +101,7 @@ def told_by(command: str) -> str:
     if command.startswith("python"):
         done = python(*command.split()[1:], "--help")
     else:
-        done = subprocess.run([ROOT / command, "--help"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([ROOT / command, "--help"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, f"{command} --help: exit code {done.returncode}\n{done.stderr}"
     return done.stdout
 

@@ -17,7 +17,7 @@ import yaml
 from data import build_shards
 from model.segmenter import build_segmenter
 from model.weight_files import save_safetensors
-from tests.conftest import ROOT, experiment, train, train_environment, zero
+from tests.conftest import PATIENCE, ROOT, experiment, train, train_environment, zero
 from train import doctor
 
 Broken = tuple[list[str], str]  # arguments, and what is to be found
@@ -210,7 +210,7 @@ def test_the_largest_recipe_takes_less_than_a_minute_and_little_memory(shards, t
          "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_maxrss, used.ru_utime + used.ru_stime); sys.exit(code)",
          "--config", "train/configs/sapiens2_29_5b.yaml", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}",
          f"output_dir={tmp_path}", "loss.class_weights=none", "--gpus", "8", "--gpu-memory", "80"],
-        cwd=ROOT, env=train_environment(), text=True, capture_output=True, timeout=240,
+        cwd=ROOT, env=train_environment(), text=True, capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     kilobytes, seconds = map(float, done.stdout.split()[-2:])

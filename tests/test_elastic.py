@@ -39,7 +39,6 @@ def saved(shards, tmp_path_factory) -> dict[int | str, Run]:
     return {name: runs[str(name)] for name in jobs}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_goes_on_in_bf16(shards, tmp_path, saved, processes):
     jobs = {
@@ -56,7 +55,6 @@ def test_goes_on_in_bf16(shards, tmp_path, saved, processes):
         assert list(run.losses) == [2, 3, 4, 5] and apart <= (0 if processes == 2 else 1e-3), name
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_goes_on_in_other_worlds_and_at_other_stages(shards, tmp_path, saved, processes):
     jobs = {

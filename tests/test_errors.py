@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, SMALL, python, train_command
+from tests.conftest import PATIENCE, ROOT, SMALL, python, train_command
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -77,6 +77,6 @@ def test_launcher_tells_a_mistake_once(shards, tmp_path):
     environment = {**os.environ, "DEVICES": "0,1", "OUTPUT_DIR": str(tmp_path / "out"), "TRAIN_BATCH_SIZE_PER_GPU": "5"}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
     command = ["launch/node.sh", *SMALL[:2], f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     refused(done, "global_batch_size", "8", "5 x 2")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, experiment, launched, train, train_command, train_environment, wait_for_step
+from tests.conftest import PATIENCE, ROOT, experiment, launched, train, train_command, train_environment, wait_for_step
 from train.interrupt import INTERRUPTED
 
 LONG = ["schedule.steps=100000", "checkpoint.every_steps=100000", "data.workers=1"]
@@ -78,7 +78,7 @@ def test_all_save_at_the_same_step_and_the_same_command_goes_on(shards, start, h
         (run.folder / "stop").touch()
     else:
         os.kill(run.ranks[1].pid, getattr(signal, how))
-    assert run.code(30) == INTERRUPTED, run.output
+    assert run.code(PATIENCE) == INTERRUPTED, run.output
     assert run.all_gone(5)
     step = saved_step(run.folder)
     assert f"stops after step {step}: " in run.output and "Traceback" not in run.output
@@ -124,7 +124,7 @@ def test_a_rank_that_is_killed_ends_the_run(start, whom):
 def test_a_rank_that_raises_ends_the_run_and_is_heard_first(shards, tmp_path, processes, kind, words):
     command = [*launched("tests.raising_run", processes), "--config", *experiment(shards, tmp_path, *LONG)]
     done = subprocess.run(
-        command, cwd=ROOT, env=train_environment() | {"RAISES": kind}, text=True, timeout=90, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=train_environment() | {"RAISES": kind}, text=True, timeout=PATIENCE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode != 0 and time.time() - (tmp_path / "metrics.jsonl").stat().st_mtime < 30

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.weight_files import read_weights
-from tests.conftest import ROOT, Run, experiment, train_environment, zero
+from tests.conftest import PATIENCE, ROOT, Run, experiment, train_environment, zero
 
 SETTINGS = [
     "global_batch_size=12", "micro_batch_size=1", "schedule.steps=60", "checkpoint.every_steps=2", "evaluate.every_steps=3",
@@ -24,7 +24,7 @@ def killed_run(shards: Path, folder: Path, worlds: list[int], kills: int, stage:
     plan.write_text(json.dumps({"job": job, "worlds": worlds, "kills": kills, "seed": 0}))
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed_run", str(plan)],
-        cwd=ROOT, env=train_environment(), timeout=500, text=True, capture_output=True,
+        cwd=ROOT, env=train_environment(), timeout=PATIENCE, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(0, done.stderr, folder / "run"), [json.loads(line) for line in done.stdout.splitlines()]
@@ -46,7 +46,6 @@ def batches(folder: Path) -> dict[int, set[tuple[str, ...]]]:
     return found
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("worlds", "stage"), [([2], 3), ([1, 3, 2, 4], 1)])
 def test_kills_change_nothing(shards, tmp_path, worlds, stage):
     whole, _ = killed_run(shards, tmp_path / "whole", worlds[:1], 0, stage)

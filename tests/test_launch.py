@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, SMALL, python, wait_for_step
+from tests.conftest import PATIENCE, ROOT, SMALL, python, wait_for_step
 from train.interrupt import INTERRUPTED
 
 started: list[subprocess.Popen] = []
@@ -47,7 +47,7 @@ def nothing_is_left():
 def finished(shards, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("node")
     process = start(shards, folder, "schedule.steps=3", DEVICES="0,1", TRAIN_BATCH_SIZE_PER_GPU="2")
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, output
     return folder, output
 
@@ -78,7 +78,7 @@ def test_evaluate_finds_the_scores_of_the_run_again(finished, shards, tmp_path):
 
 def test_debug_is_one_process(shards, tmp_path):
     process = start(shards, tmp_path, "schedule.steps=1", "data.workers=3", mode="debug")
-    output = process.communicate(timeout=150)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, output
     assert "1 x cpu" in output and "workers: 0" in (tmp_path / "config.yaml").read_text()
 
@@ -89,7 +89,7 @@ def test_debug_is_one_process(shards, tmp_path):
 )
 def test_variables_are_checked(shards, tmp_path, overrides, variables, word):
     process = start(shards, tmp_path, *overrides, **variables)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2 and output.startswith("error: ") and word in output
 
 
@@ -105,7 +105,7 @@ def test_a_signal_saves_and_ends_everything(shards, tmp_path, name):
     wait_for_step(tmp_path, 1, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "once more ends it at once" in output, output
     assert "stops after step" in output and list((tmp_path / "checkpoints").glob("step_*/run.json"))
     _, alive = psutil.wait_procs(family, timeout=5)
@@ -120,7 +120,7 @@ def test_a_signal_to_the_launcher_too_is_waited_out(shards, tmp_path, whom, name
     (launcher,) = (child for child in family if "deepspeed.launcher.launch" in child.cmdline())
     for one in [*family, process] if whom == "all" else [launcher]:
         one.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "stops after step" in output, output
     assert list((tmp_path / "checkpoints").glob("step_*/run.json"))
     _, alive = psutil.wait_procs(family, timeout=5)
@@ -139,12 +139,12 @@ def test_a_run_that_dies_is_no_success(shards, tmp_path):
 
 def test_a_signal_while_it_starts_is_not_forgotten(shards, tmp_path):
     process = start(shards, tmp_path / "run", "schedule.steps=100000", DEVICES="0,1")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any("--no_local_rank" in command for command in commands(process)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "stops after step 0" in output, output
 
 

@@ -17,7 +17,7 @@ from model.segmenter import build_segmenter
 from model.trained import load_segmenter
 from model.weight_files import NAMES, locate_weights, original_key, read_weights, rename_key, save_safetensors
 from model.weights import CLASSIFIER, load_weights
-from tests.conftest import python
+from tests.conftest import PATIENCE, python
 from tests.model_cases import METADATA, SIZE, build_golden, build_golden2, build_tiny, refused, write_segmentation2
 
 NAMES_OF_FIVE = ("Background", "Left_Eye", "Right_Eye", "Hair", "Nose")
@@ -243,7 +243,7 @@ for name in sys.argv[1:]:
 
 def locate(endpoint, cache, *names):
     """In a fresh process: huggingface_hub reads its settings when it is imported."""
-    done = python("-c", LOCATE, *names, HF_ENDPOINT=endpoint, HF_HOME=str(cache), HF_HUB_DISABLE_XET="1", timeout=60)
+    done = python("-c", LOCATE, *names, HF_ENDPOINT=endpoint, HF_HOME=str(cache), HF_HUB_DISABLE_XET="1", timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 

@@ -17,7 +17,7 @@ from data.loader import TrainExamples, ValidationExamples, train_batches, valida
 from data.mixture import Mixture, MixtureEntry
 from data.order import BatchPlan
 from data.shards import ShardSet
-from tests.conftest import python
+from tests.conftest import PATIENCE, python
 
 SIZE = (48, 32)
 
@@ -130,7 +130,7 @@ def test_workers_die_with_their_process(shards):
         "batches = train_batches(train_examples(Path(sys.argv[1])), BatchPlan(512, 512, 0, 1), 0, 9, 2)\n"
         "next(batches); time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = python("-c", program, shards / "train", timeout=60)  # returns when nobody has its output open any more
+    done = python("-c", program, shards / "train", timeout=PATIENCE)  # returns when nobody has its output open any more
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

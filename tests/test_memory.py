@@ -10,7 +10,7 @@ import torch
 from data.labels import load_label_set
 from model.recompute import recompute
 from model.segmenter import build_segmenter
-from tests.conftest import ROOT, experiment, recorded_runs, train_environment, zero
+from tests.conftest import PATIENCE, ROOT, experiment, recorded_runs, train_environment, zero
 from train import deepspeed_config
 from train.config import load_config
 from train.loss import PixelLoss
@@ -59,12 +59,11 @@ def runs(shards, tmp_path_factory) -> dict[Case, tuple[list[str], dict[str, int]
         path = folder / f"{processes}.json"
         path.write_text(json.dumps({str(case): job for case, job in jobs.items() if case[3] == processes}))
         command = [sys.executable, "-m", "tests.measured_run", str(path), str(processes)]
-        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=500, text=True, capture_output=True)
+        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=PATIENCE, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return {case: (jobs[case], json.loads((folder / str(i) / "memory.json").read_text())) for i, case in enumerate(CASES)}
 
 
-@pytest.mark.timeout(1000)  # the first one waits for all of the runs, a minute on two free cores
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_zero_stage(runs, case):
     stage, precision, bucket, processes, _ = case
@@ -168,7 +167,7 @@ memory = Estimate(load_label_set("sapiens2_29"), True, 8).memory(config, deepspe
 print(memory.device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=train_environment(), text=True, capture_output=True, timeout=240
+        [sys.executable, "-c", code], cwd=ROOT, env=train_environment(), text=True, capture_output=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     device, used = map(int, done.stdout.split())

@@ -46,7 +46,6 @@ def runs(request, shards, tmp_path_factory) -> dict[str, Run]:
     return recorded_runs(jobs, folder, processes=2)
 
 
-@pytest.mark.timeout(300)  # the first one waits for all of the stage's runs
 @pytest.mark.parametrize("option", OPTIONS)
 def test_trains_as_plain_pytorch(runs, plain, option):
     gradient, loss = differences(runs[option], plain[option])

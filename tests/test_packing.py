@@ -21,6 +21,7 @@ from data.packing import Split, finish, pack
 from data.prepare import Rules
 from data.shards import ShardSet
 from data.sources import SOURCES
+from tests.conftest import PATIENCE
 from tests.raw_faces import SIZE, content, draw, encoded, run
 
 OPTIONS = ("--samples-per-shard", 2, "--val-fraction", 0.2)
@@ -74,17 +75,17 @@ def test_killed_at_random_moments_and_started_again(raw, whole, tmp_path):
     for _ in range(5):
         build = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = len(list(tmp_path.glob("*/*.tar"))) + moments.randint(1, 12)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         # Not while Python starts: some shards later, at any moment.
         while len(list(tmp_path.glob("*/*.tar"))) < wanted:
             assert time.monotonic() < deadline and build.poll() is None
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.005))
         build.send_signal(signal.SIGKILL)
-        assert build.wait(timeout=20) == -signal.SIGKILL
+        assert build.wait(timeout=PATIENCE) == -signal.SIGKILL
         for path in tmp_path.glob("*/*.tar"):
             assert path.read_bytes() == whole[str(path.relative_to(tmp_path))]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
     assert content(tmp_path) == whole
 
 
@@ -178,7 +179,7 @@ def test_the_same_command_twice_at_once(raw, whole, tmp_path):
     command = [sys.executable, "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", raw, "--out", tmp_path]
     command = [str(a) for a in [*command, *OPTIONS, "--workers", 1]]
     builds = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [build.communicate(timeout=60)[1].splitlines() for build in builds]
+    errors = [build.communicate(timeout=PATIENCE)[1].splitlines() for build in builds]
     assert sorted(build.returncode for build in builds) == [0, 2]
     (refused,) = (lines for build, lines in zip(builds, errors, strict=True) if build.returncode == 2)
     assert len(refused) == 1 and ("another build is at work here" in refused[0] or "already built" in refused[0])

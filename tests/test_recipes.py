@@ -196,7 +196,6 @@ def runs(drawn, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
     return {name: (*results.get(name, (-1, "was not tried")), out.joinpath(*name.rsplit("-", 1))) for name in jobs}
 
 
-@pytest.mark.timeout(600)  # the first one waits for all of the runs, a minute on two free cores
 @pytest.mark.parametrize("name", [f"{recipe}-{deepspeed}" for recipe, deepspeed in product(RECIPES, RUNNABLE)])
 def test_trains_two_steps(runs, name):
     code, output, folder = runs[name]

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.conftest import python, train
+from tests.conftest import PATIENCE, python, train
 from tests.packages import needed
 
 FLAGS = (
@@ -33,7 +33,7 @@ def opened(page: Path, folder: Path) -> tuple[np.ndarray, str]:
     done = subprocess.run(
         ["chromium", *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--screenshot={picture}", "--window-size=1280,6200",
          page.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert picture.exists(), done.stderr
     return cv2.imread(str(picture))[..., ::-1], done.stderr

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from model.weight_files import read_metadata
-from tests.conftest import ROOT, Run, train, train_command, train_environment, wait_for_step
+from tests.conftest import PATIENCE, ROOT, Run, train, train_command, train_environment, wait_for_step
 
 SETTINGS = ["checkpoint.every_steps=2", "evaluate.pictures=0", "schedule.steps=8"]
 
@@ -12,7 +12,7 @@ SETTINGS = ["checkpoint.every_steps=2", "evaluate.pictures=0", "schedule.steps=8
 def limited(shards: Path, folder: Path, *overrides: str, bytes: int = 100_000) -> Run:
     """A run whose files cannot grow beyond so many bytes, as on a disk that fills up."""
     command = ["prlimit", f"--fsize={bytes}", *train_command(shards, folder, *overrides)]
-    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=150, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=PATIENCE, text=True, capture_output=True)
     return Run(done.returncode, done.stdout + done.stderr, folder)
 
 
@@ -48,7 +48,7 @@ def test_a_folder_that_takes_nothing(shards, tmp_path):
 def test_a_console_that_takes_nothing(shards, tmp_path):
     command = train_command(shards, tmp_path, *SETTINGS)
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=150, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=PATIENCE, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 0 and (tmp_path / "model.safetensors").exists(), done.stderr
     assert "step 8/8  loss" in (tmp_path / "log.txt").read_text()
 
@@ -64,7 +64,7 @@ def test_a_run_that_cannot_save_does_not_say_that_it_has(shards, tmp_path):
     assert another.code == 1 and f"another run is at work in {tmp_path}" in another.output
     assert "Traceback" not in another.output
     (tmp_path / "stop").touch()
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "which could not be saved: rank 0: " in said and "Traceback" not in said
 
 

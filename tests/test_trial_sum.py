@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from train.preflight import hosts_of_ranks, parse_places
 from train.trial_sum import bus_bandwidth, main, wait_for_port, wrong_clocks
 
@@ -40,7 +40,7 @@ def rank(number: int, places: str, port: int, *arguments: object, first: str = "
 def ended(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
     """Exit code and output of each, which all end by themselves."""
     try:
-        return [(output := process.communicate(timeout=50)) and (process.returncode, *output) for process in processes]
+        return [(output := process.communicate(timeout=PATIENCE)) and (process.returncode, *output) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import ROOT, experiment, launched, train_environment
+from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
 from tests.test_interrupt import LONG, Started
 from train.clock import StepClock
 from train.interrupt import INTERRUPTED
@@ -20,7 +20,7 @@ def slow_run(shards: Path, folder: Path, *settings: str, phase: str, seconds: fl
     command = [*launched("tests.slow_run", 2), "--config", *experiment(shards, folder, *settings)]
     environment = train_environment() | {"PHASE": phase, "SECONDS": str(seconds), "FROM": str(first)}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=environment, text=True, timeout=PATIENCE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     return done.returncode, done.stdout, time.time() - (folder / "metrics.jsonl").stat().st_mtime
 

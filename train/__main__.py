@@ -98,8 +98,8 @@ def check(config: Config, train: Mixture, val: ShardSet | None, processes: int, 
             f"data.train has {train.label_set.name} with {train.label_set.num_classes}, or other names, pairs or ignored "
             "values; build both from one set"
         )
-    arch, padding = get_arch(config.model.arch), config.model.patch_padding
-    arch.check(config.model.image_size, arch.patch_padding if padding is None else padding)
+    arch = get_arch(config.model.arch)
+    arch.check(config.model.image_size, arch.padding(config.model.patch_padding))
     class_weights(config.loss.class_weights, train.pixel_counts, train.label_set)
     if config.augment.background_class >= train.label_set.num_classes:
         raise TrainError(

@@ -12,9 +12,14 @@ import shutil
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from data.mixture import Mixture
+from model.archs import get_arch
 from model.weight_files import sync
 from train import TrainError
+from train.config import Config, training_order
+from train.deepspeed_config import stage
 from train.logs import log
 
 META, UNFINISHED = "run.json", "unfinished_"
@@ -65,6 +70,35 @@ class Entry:
             while block := file.read(1 << 24):
                 crc = zlib.crc32(block, crc)
         return cls(path.stat().st_size, crc)
+
+
+def fresh_state(config: Config, settings: dict[str, Any], train: Mixture, world_size: int, origin: dict) -> RunState:
+    """That of a run that has done no step. settings: DeepSpeed's, resolved. origin: of its weights; {} for fresh ones."""
+    arch = get_arch(config.model.arch)
+    return RunState(
+        step=0,
+        updates=0,
+        loss_scale=1,
+        best_step=None,
+        best_miou=None,
+        total_steps=config.total_steps(training_order(config, train).epoch_length),
+        origin=origin,
+        world_size=world_size,
+        zero_stage=stage(settings),
+        bf16=settings.get("bf16", {}).get("enabled", False),
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        arch=arch.name,
+        num_classes=train.label_set.num_classes,
+        image_size=list(config.model.image_size),
+        patch_padding=arch.padding(config.model.patch_padding),
+        rope_precision=config.model.rope_precision if arch.family == "sapiens2" else "fp32",
+        data_fingerprint=train.fingerprint,
+        window=config.data.window,
+        rare_share=config.data.rare_share,
+        freeze=config.model.freeze,
+        ema_decay=config.ema.decay,
+    )
 
 
 def name(step: int) -> str:
@@ -163,10 +197,18 @@ def sources(output_dir: Path, resume_from: Path | None) -> list[Path]:
     return own or given
 
 
-def differences(then: RunState, now: RunState) -> list[str]:
-    """What keeps a run from going on as it was."""
+def refuse_another_run(path: Path, then: RunState, now: RunState) -> None:
+    """Raises TrainError if the checkpoint at `path`, of `then`, is none that `now` can go on from, naming what differs."""
     was, is_now = asdict(then), asdict(now)
-    return [f"{key} was {was[key]}, is {is_now[key]}" for key in was if key not in MAY_DIFFER and was[key] != is_now[key]]
+    differing = [f"{key} was {was[key]}, is {is_now[key]}" for key in was if key not in MAY_DIFFER and was[key] != is_now[key]]
+    if differing:
+        raise TrainError(
+            f"{path}: cannot be resumed: {'; '.join(differing)}; restore the setting, or start anew in another output_dir"
+        )
+    if then.step > now.total_steps:
+        raise TrainError(
+            f"{path}: stands at step {then.step}, beyond the run's {now.total_steps}; raise schedule.steps (or epochs)"
+        )
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
+from pydantic import ValidationError
 
 from train import TrainError
 from train.config import Config
@@ -72,7 +73,23 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
     # torch's fused AdamW steps what is offloaded as well, without the minutes that DeepSpeed's takes to compile.
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     settings.setdefault("zero_allow_untested_optimizer", True)  # ours: train.optim
+    _ask_deepspeed(path, settings)
     return settings
+
+
+def _ask_deepspeed(path: Path, settings: dict[str, Any]) -> None:
+    from train.engine import deepspeed  # not above: its import takes seconds, and ours are told at once
+
+    try:
+        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        raise TrainError(refusal(path, error, "zero_optimization")) from None
+
+
+def refusal(path: Path, error: ValidationError, *section: str) -> str:
+    """What DeepSpeed has against a file, or a section of it, in a line."""
+    found = "; ".join(f"{'.'.join(map(str, (*section, *problem['loc'])))}: {problem['msg']}" for problem in error.errors())
+    return f"{path}: DeepSpeed refuses {found}"
 
 
 def stage(settings: dict[str, Any]) -> int:

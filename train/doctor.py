@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,16 +21,15 @@ import torch
 from data.arguments import whole_number
 from data.mixture import Mixture
 from data.shards import ShardSet
-from model.archs import get_arch
 from model.segmenter import build_segmenter
 from model.weight_files import HUB
 from model.weights import match_weights
-from train import TrainError, checkpoint
+from train import TrainError, checkpoint, deepspeed_config
 from train.__main__ import check
 from train.config import Config, load_config, training_order
 from train.data_findings import look_at_data
 from train.findings import Findings
-from train.remedies import GB, Remedies, resolve
+from train.remedies import GB, Remedies
 from train.report import read_metrics
 
 PREFLIGHT_SECONDS = 40
@@ -66,7 +64,7 @@ class Doctor:
         config, tell = self.config, self.findings.line
         if not self.on_gpu:
             tell("no GPU is here: judged as a run on this CPU; --gpus N --gpu-memory GB judge one elsewhere")
-        settings = resolve(config, self.processes, self.on_gpu)
+        settings = deepspeed_config.resolve(config, self.processes, self.on_gpu)
         accumulated = settings["gradient_accumulation_steps"]
         where = f"{self.processes} x {'GPU' if self.on_gpu else 'CPU'}"
         tell(f"{config.model.arch} at {'x'.join(map(str, config.model.image_size))} on {where}, {config.deepspeed}")
@@ -82,30 +80,7 @@ class Doctor:
         then, _ = checkpoint.read(found[0])
         self.steps_done = then.step
         tell(f"goes on from {found[0]}")
-        if differing := checkpoint.differences(then, self._state(then)):
-            raise TrainError(
-                f"{found[0]}: cannot be resumed: {'; '.join(differing)}; restore the setting, or start anew in another output_dir"
-            )
-
-    def _state(self, then: checkpoint.RunState) -> checkpoint.RunState:
-        """What the run would go on as."""
-        config, arch = self.config, get_arch(self.config.model.arch)
-        padding, is_sapiens2 = config.model.patch_padding, arch.family == "sapiens2"
-        return replace(
-            then,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            arch=arch.name,
-            num_classes=self.train.label_set.num_classes,
-            image_size=list(config.model.image_size),
-            patch_padding=arch.patch_padding if padding is None else padding,
-            rope_precision=config.model.rope_precision if is_sapiens2 else "fp32",
-            data_fingerprint=self.train.fingerprint,
-            window=config.data.window,
-            rare_share=config.data.rare_share,
-            freeze=config.model.freeze,
-            ema_decay=config.ema.decay,
-        )
+        checkpoint.refuse_another_run(found[0], then, checkpoint.fresh_state(config, settings, self.train, self.processes, {}))
 
     def _weights(self) -> None:
         config, tell = self.config, self.findings.line

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from model.segmenter import Segmenter
 from train import TrainError
 from train.config import Config
-from train.deepspeed_config import stage
+from train.deepspeed_config import refusal, stage
 from train.optim import build_optimizer
 
 
@@ -95,8 +95,7 @@ def build_engine(model: Segmenter, config: Config, settings: dict) -> DeepSpeedE
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise TrainError(f"{config.deepspeed}: DeepSpeed refuses {found}") from None
+        raise TrainError(refusal(config.deepspeed, error)) from None
     except (AssertionError, ValueError, ZeRORuntimeException) as error:
         raise TrainError(f"{config.deepspeed}: DeepSpeed refuses it: {str(error).strip() or type(error).__name__}") from error
     finally:

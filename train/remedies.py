@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from data.labels import LabelSet
 from train import TrainError, deepspeed_config
@@ -26,19 +23,6 @@ SINGLE = 0.05  # for each image less in a micro batch
 VALIDATED_ALONE = 0.001  # one image at a time
 # DeepSpeed's file, micro batch, what is recomputed, batch of validation.
 Changes = tuple[Path, int, str | int, int]
-
-
-def resolve(config: Config, processes: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's settings, of which DeepSpeed itself judges the ZeRO section. Raises TrainError."""
-    settings = deepspeed_config.resolve(config, processes, on_gpu)
-    from train.engine import deepspeed  # not above: its import takes seconds
-
-    try:
-        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings["zero_optimization"])
-    except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise TrainError(f"{config.deepspeed}: DeepSpeed refuses {found}") from None
-    return settings
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ class Remedies:
     def fit(self, config: Config) -> Fit | None:
         """None for what cannot be trained so, as ZeRO-3 with `compile`."""
         try:
-            settings = resolve(config, self.processes, self.on_gpu)
+            settings = deepspeed_config.resolve(config, self.processes, self.on_gpu)
         except TrainError:
             return None
         memory = self.estimate.memory(config, settings)

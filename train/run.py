@@ -16,13 +16,12 @@ import torch.distributed as dist
 import yaml
 
 from data.mixture import Mixture
-from data.order import Order
 from data.shards import ShardSet
 from model.recompute import recompute
 from model.segmenter import Segmenter, build_segmenter
 from model.weight_files import HUB
 from model.weights import load_weights
-from train import TrainError, checkpoint, deepspeed_config
+from train import TrainError, checkpoint
 from train.checkpoint import RunState
 from train.clock import StepClock
 from train.config import Config, training_order
@@ -93,7 +92,7 @@ def _train(
     ema = Ema(masters, config.ema.decay) if config.ema.decay is not None else None
     saver = Saver(config.output_dir / "checkpoints", masters, ema, config.checkpoint.keep, job)
     order = training_order(config, train)
-    state = _fresh_state(model, config, settings, train, order, origin, job)
+    state = checkpoint.fresh_state(config, settings, train, job.world_size, origin)
     if resume:
         path, state = saver.restore(resume, state)
         log.info("resumed at step %d from %s", state.step, path)
@@ -148,35 +147,6 @@ def _resume_points(config: Config) -> list[Path]:
         found = [checkpoint.sources(config.output_dir, config.resume_from)]
     dist.broadcast_object_list(found)
     return found[0]
-
-
-def _fresh_state(
-    model: Segmenter, config: Config, settings: dict, train: Mixture, order: Order, origin: dict, job: Job
-) -> RunState:
-    return RunState(
-        step=0,
-        updates=0,
-        loss_scale=1,
-        best_step=None,
-        best_miou=None,
-        total_steps=config.total_steps(order.epoch_length),
-        origin=origin,
-        world_size=job.world_size,
-        zero_stage=deepspeed_config.stage(settings),
-        bf16=settings.get("bf16", {}).get("enabled", False),
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        arch=model.arch.name,
-        num_classes=model.num_classes,
-        image_size=list(model.image_size),
-        patch_padding=model.patch_padding,
-        rope_precision=model.rope_precision,
-        data_fingerprint=train.fingerprint,
-        window=config.data.window,
-        rare_share=config.data.rare_share,
-        freeze=config.model.freeze,
-        ema_decay=config.ema.decay,
-    )
 
 
 def _headline(config: Config, train: Mixture, val: ShardSet | None, settings: dict, state: RunState, job: Job) -> str:

@@ -116,14 +116,7 @@ class Saver:
         """
         for path in candidates:
             then, files = checkpoint.read(path)
-            if differing := checkpoint.differences(then, now):
-                raise TrainError(
-                    f"{path}: cannot be resumed: {'; '.join(differing)}; restore the setting, or start anew in another output_dir"
-                )
-            if then.step > now.total_steps:
-                raise TrainError(
-                    f"{path}: stands at step {then.step}, beyond the run's {now.total_steps}; raise schedule.steps (or epochs)"
-                )
+            checkpoint.refuse_another_run(path, then, now)
             if damaged := self._damaged(path, files):
                 log.warning("%s: damaged: %s; passed over", path, ", ".join(damaged))
                 continue

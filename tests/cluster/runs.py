@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.weight_files import read_weights
 from tests.cluster.slurm import Slurm
-from tests.conftest import ROOT, SMALL, Run
+from tests.conftest import PATIENCE, ROOT, SMALL, Run
 from tests.test_killed import batches
 
 # What a restart must not change is in it: an average of the weights, dropout, augmentation.
@@ -41,19 +41,19 @@ def hold(folder: Path, step: int = HELD) -> None:
     (folder / "hold").write_text(str(step))
 
 
-def until_held(folder: Path, ranks: int = 2, step: int = HELD, timeout: float = 90) -> None:
+def until_held(folder: Path, ranks: int = 2, step: int = HELD) -> None:
     """Until all ranks wait in that step."""
     paths = [folder / f"batches_{rank}.jsonl" for rank in range(ranks)]
     there = lambda: all(path.exists() and f'"step": {step},' in path.read_text() for path in paths)  # noqa: E731
-    until(there, timeout, f"{folder} has not come to step {step}")
+    until(there, f"{folder} has not come to step {step}")
 
 
 def let_go(folder: Path) -> None:
     (folder / "hold").unlink()
 
 
-def until(true: Callable[[], object], timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
+def until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)

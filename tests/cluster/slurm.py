@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.cluster.slurm_config import NODES, write
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.packages import PATH, command
 
 TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL"}
-REQUEUE_SECONDS = 10  # a job that is being requeued shows the state of its end for so long at most
+REQUEUE_SECONDS = 30  # a job that is being requeued shows the state of its end for so long at most
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 
 
@@ -51,7 +51,9 @@ class Slurm:
         """What the commands of Slurm need, to be added to os.environ."""
         return _variables(self.folder)
 
-    def run(self, *command: object, check: bool = True, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *command: object, check: bool = True, timeout: float = PATIENCE, **environment: str
+    ) -> subprocess.CompletedProcess:
         """Runs a command in the repository's root as a user of the cluster does."""
         done = _run(self.folder, [str(word) for word in command], timeout, environment)
         if check:
@@ -75,7 +77,7 @@ class Slurm:
     def restarts(self, job: object) -> int:
         return int(self.job(job)["Restarts"])
 
-    def wait(self, job: object, *states: str, timeout: float) -> dict[str, str]:
+    def wait(self, job: object, *states: str, timeout: float = PATIENCE) -> dict[str, str]:
         """Until the job is in one of the states; returns its fields then.
 
         Raises:
@@ -113,7 +115,7 @@ class Slurm:
         """Ends the daemons and what they have started; leaves no process and no folder."""
         if self.logs and (self.folder / "log").is_dir():
             shutil.copytree(self.folder / "log", self.logs, dirs_exist_ok=True)
-        _, told = self._end.communicate(timeout=90)
+        _, told = self._end.communicate(timeout=PATIENCE)
         assert self._end.returncode == 0 and not self.folder.exists(), told
 
     def _start(self) -> None:
@@ -131,7 +133,7 @@ class Slurm:
         """Starts one that goes into the background by itself."""
         with (self.folder / "log/start.txt").open("ab") as log:
             done = subprocess.run(
-                words, cwd=self.folder, env={**os.environ, "PATH": PATH, **self.environment}, timeout=20,
+                words, cwd=self.folder, env={**os.environ, "PATH": PATH, **self.environment}, timeout=PATIENCE,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{self._tails()}"

@@ -12,11 +12,10 @@ import pytest
 from tests.cluster.conftest import SSH_PORT
 from tests.cluster.hosts import Hosts
 from tests.cluster.runs import HELD, STEPS, VARIABLES, hold, let_go, settings, until, until_held
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from train.interrupt import INTERRUPTED
 
 SECONDS = 30  # within which nothing may be left of a run that has failed
-pytestmark = pytest.mark.timeout(200)
 
 
 class Started:
@@ -73,11 +72,12 @@ def start(hosts, shards, tmp_path):
     hosts.mend()
     for started in runs:
         started.end()
+        print(started.output)  # for those that fail
 
 
 def test_two_hosts_train(start, hosts, tmp_path):
     run = start(slots=2, PREFLIGHT="1", MY_NAME="a b\n'c'", PASS_ENV="MY_*", NOT_MINE="1", TRAIN_BATCH_SIZE_PER_GPU="1")
-    assert run.code(150) == 0, run.output
+    assert run.code(PATIENCE) == 0, run.output
     first, second = hosts.addresses
     assert "all-reduce of" in run.output and "over 4 processes" in run.output, run.output
     assert f"{first}: 4 x cpu, ZeRO-2" in run.output and (run.folder / "model.safetensors").is_file()
@@ -90,19 +90,19 @@ def test_two_hosts_train(start, hosts, tmp_path):
 
 def test_a_signal_saves_and_the_same_command_goes_on(start):
     run = start("schedule.steps=100000")
-    until((run.folder / "metrics.jsonl").exists, 90, run.output)
+    until((run.folder / "metrics.jsonl").exists, "it does not train")
     run.process.send_signal(signal.SIGTERM)
     assert run.code(SECONDS) == INTERRUPTED and "once more ends it at once" in run.output, run.output
     assert "stops after step" in run.output and run.nothing_is_left(5), run.left()
     step = int(next((run.folder / "checkpoints").glob("step_*")).name.removeprefix("step_"))
     again = start(f"schedule.steps={step + 2}", INCLUDE=run.hosts.addresses[1])  # and on another number of hosts
-    assert again.code(90) == 0 and f"resumed at step {step}" in again.output, again.output
+    assert again.code(PATIENCE) == 0 and f"resumed at step {step}" in again.output, again.output
     assert "1 x cpu" in again.output
 
 
 def test_a_signal_while_it_looks_at_the_hosts_ends_it(start):
     run = start(PREFLIGHT="1")
-    until(lambda: "train.trial_sum" in str(run.left()), 60, run.output)
+    until(lambda: "train.trial_sum" in str(run.left()), "no trial sum")
     run.process.send_signal(signal.SIGTERM)
     assert run.code(SECONDS) not in (0, INTERRUPTED) and run.nothing_is_left(SECONDS), run.left()
     assert not (run.folder / "log.txt").exists()
@@ -121,7 +121,7 @@ def test_a_second_signal_ends_it_at_once(start, tmp_path):
 
 def test_a_script_that_is_killed_leaves_a_checkpoint_and_no_process(start):
     run = start("schedule.steps=100000")
-    until((run.folder / "metrics.jsonl").exists, 90, run.output)
+    until((run.folder / "metrics.jsonl").exists, "it does not train")
     run.process.kill()
     assert run.nothing_is_left(SECONDS), run.left()
     assert "stops after step" in (run.folder / "log.txt").read_text()
@@ -131,7 +131,7 @@ def test_a_rank_that_raises_is_named_with_its_host(start, hosts, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/raise").write_text("1 2")
     run = start()
-    assert run.code(120) not in (0, INTERRUPTED)
+    assert run.code(PATIENCE) not in (0, INTERRUPTED)
     raised = (run.folder / "metrics.jsonl").stat().st_mtime
     assert time.time() - raised < SECONDS and run.nothing_is_left(1), run.left()
     assert f"error: host {hosts.addresses[1]} (ranks 1 to 1): ended with exit code 1" in run.output
@@ -181,7 +181,7 @@ def test_hostfiles_are_checked(shards, tmp_path, hostfile, variables, words):
         path.write_text(hostfile)
     environment = {**os.environ, **VARIABLES, "HOSTFILE": str(path), "OUTPUT_DIR": str(tmp_path / "run"), **variables}
     done = subprocess.run(
-        ["launch/multinode.sh", *settings(shards, 2)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        ["launch/multinode.sh", *settings(shards, 2)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode != 0 and done.stderr.startswith("error: ") and words in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.runs import VARIABLES, settings
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.packages import command, needed
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -17,7 +17,9 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 def slurm(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     # Importing train.engine, as other tests of this process do, sets DS_ACCELERATOR where there is no GPU.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "", **variables}
-    return subprocess.run(["launch/slurm.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["launch/slurm.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def test_shellcheck_finds_nothing():
@@ -25,7 +27,7 @@ def test_shellcheck_finds_nothing():
     # Files that are sourced are checked with the scripts that source them, and by themselves.
     options = ["--exclude=SC1091,SC2119,SC2120", "--external-sources", "--shell=bash"]
     done = subprocess.run([command("shellcheck"), *options, *SCRIPTS, ROOT / "tests/cluster/as_held_run.sh"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+                          cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
     assert done.returncode == 0, done.stdout
 
 

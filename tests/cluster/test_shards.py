@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, python
+from tests.conftest import PATIENCE, ROOT, python
 
 SCRIPT = ROOT / "launch" / "shards.sh"
 SNAPSHOT = Path(__file__).parent / "snapshots" / "shards.txt"
 ENVIRONMENT = {"TASKS": "4", "CPUS_PER_TASK": "1", "VENV": sys.prefix}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
-SECONDS = 90
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def arguments(raw: Path, out: Path) -> list[str]:
 def launch(*words: object, **environment: str) -> subprocess.CompletedProcess:
     """The script without a cluster; for what is refused and what is printed."""
     variables = {**os.environ, **ENVIRONMENT, **environment}
-    return subprocess.run([SCRIPT, *map(str, words)], env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run([SCRIPT, *map(str, words)], env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def submit(slurm, raw: Path, out: Path) -> tuple[str, str]:
@@ -54,7 +53,7 @@ def test_the_tasks_of_an_array_make_the_bytes_of_one_process(slurm, raw, tmp_pat
     done = python("-m", "data.build_shards", *arguments(raw, alone), "--workers", 1)
     assert done.returncode == 0, done.stderr
 
-    slurm.wait(merge, "COMPLETED", timeout=SECONDS)
+    slurm.wait(merge, "COMPLETED")
 
     tasks = slurm.jobs(array)
     assert [task["JobState"] for task in tasks] == ["COMPLETED"] * 4
@@ -75,8 +74,8 @@ def test_after_a_failed_task_nothing_waits_and_the_same_command_goes_on(slurm, r
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
     array, merge = submit(slurm, raw, out)
-    slurm.wait(merge, "CANCELLED", timeout=SECONDS)
-    states = {task["ArrayTaskId"]: slurm.wait(task["JobId"], *ENDED, timeout=SECONDS)["JobState"] for task in slurm.jobs(array)}
+    slurm.wait(merge, "CANCELLED")
+    states = {task["ArrayTaskId"]: slurm.wait(task["JobId"], *ENDED)["JobState"] for task in slurm.jobs(array)}
     assert sorted(states.values()) == ["COMPLETED"] * 3 + ["FAILED"]
     failed = next(number for number, state in states.items() if state == "FAILED")
     assert "000007.png" in (out / "slurm" / f"part-{failed}_{array}.txt").read_text()
@@ -86,7 +85,7 @@ def test_after_a_failed_task_nothing_waits_and_the_same_command_goes_on(slurm, r
 
     image.write_bytes(whole)
     array, merge = submit(slurm, raw, out)
-    slurm.wait(merge, "COMPLETED", timeout=SECONDS)
+    slurm.wait(merge, "COMPLETED")
     assert {path: path.stat().st_ino for path in made} == made, "whole shards stay as they are"
     done = python("-m", "data.build_shards", *arguments(raw, alone), "--workers", 1)
     assert done.returncode == 0, done.stderr

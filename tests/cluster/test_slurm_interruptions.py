@@ -9,8 +9,6 @@ import pytest
 from tests.cluster.runs import HELD, assert_same, describe, hold, let_go, settings, submit, until, until_held
 from tests.cluster.slurm import Slurm
 
-pytestmark = pytest.mark.timeout(280)
-
 
 def warned_by_time(slurm: Slurm, job: str, folder: Path) -> None:
     slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+90")
@@ -20,12 +18,12 @@ def asked(slurm: Slurm, job: str, folder: Path) -> None:
     slurm.run("scancel", "--batch", "--signal=USR1", job)
 
 
-def starts_again(slurm: Slurm, job: str, timeout: float = 60) -> None:
+def starts_again(slurm: Slurm, job: str) -> None:
     def running_again() -> bool:
         fields = slurm.job(job)
         return fields["Restarts"] == "1" and fields["JobState"] == "RUNNING"
 
-    until(running_again, timeout, "not requeued")
+    until(running_again, "not requeued")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")  # its earlier end was a shorter limit, for all starts
 
 
@@ -44,7 +42,7 @@ def undisturbed(slurm, shards, tmp_path_factory):
         with (folder / f"{stage}_lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
-                slurm.wait(submit(slurm, output, *settings(shards, stage)), "COMPLETED", timeout=120)
+                slurm.wait(submit(slurm, output, *settings(shards, stage)), "COMPLETED")
                 done.touch()
         return output
 
@@ -66,11 +64,11 @@ def test_a_job_that_is_asked_to_leave_goes_on(slurm, shards, tmp_path, undisturb
     job = submit(slurm, tmp_path, *settings(shards, stage), LAUNCHER=launcher)
     until_held(tmp_path)
     interrupt(slurm, job, tmp_path)
-    until((tmp_path / "stop").exists, 60, "the warning was not heard")
+    until((tmp_path / "stop").exists, "the warning was not heard")
     let_go(tmp_path)
     if interrupt is warned_by_time:
         starts_again(slurm, job)
-    fields = slurm.wait(job, "COMPLETED", timeout=150)
+    fields = slurm.wait(job, "COMPLETED")
     assert fields["Restarts"] == "1" and fields["ExitCode"] == "0:0", describe(tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert f"stops after step {HELD + 1}" in log and f"resumed at step {HELD + 1}" in log, describe(tmp_path)
@@ -91,7 +89,7 @@ def test_a_job_whose_node_fails_goes_on_elsewhere(slurm, shards, tmp_path, undis
     slurm.set_node(names[node], "DOWN")
     starts_again(slurm, job)  # held until then: on a node that is gone nothing saves
     let_go(tmp_path)
-    fields = slurm.wait(job, "COMPLETED", timeout=150)
+    fields = slurm.wait(job, "COMPLETED")
     assert fields["Restarts"] == "1" and names[node] not in slurm.run("scontrol", "show", "hostnames", fields["NodeList"]).stdout
     assert re.search(r"resumed at step [1-4] ", (tmp_path / "log.txt").read_text()), describe(tmp_path)
     assert_same(tmp_path, expected)
@@ -103,9 +101,9 @@ def test_what_cannot_be_saved_before_the_limit_is_requeued_from_the_last_checkpo
     job = submit(slurm, tmp_path, *settings(shards, 2, "checkpoint.every_steps=1"))
     until_held(tmp_path)
     slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+100")
-    starts_again(slurm, job, timeout=120)
+    starts_again(slurm, job)
     let_go(tmp_path)
-    slurm.wait(job, "COMPLETED", timeout=100)
+    slurm.wait(job, "COMPLETED")
     assert "the time limit is here" in describe(tmp_path)
     assert re.search(r"resumed at step [1-4] ", (tmp_path / "log.txt").read_text()), describe(tmp_path)
     assert_same(tmp_path, expected)
@@ -114,7 +112,7 @@ def test_what_cannot_be_saved_before_the_limit_is_requeued_from_the_last_checkpo
 def test_a_job_without_progress_is_not_tried_for_ever(slurm, shards, tmp_path):
     (tmp_path / "raise").write_text("1 5")
     job = submit(slurm, tmp_path, *settings(shards, 2, "checkpoint.every_steps=3"), MAX_RESTARTS="1")
-    fields = slurm.wait(job, "FAILED", timeout=150)
+    fields = slurm.wait(job, "FAILED")
     # The first one came to a checkpoint, if it was written in time, which counts as progress; two found that one.
     assert fields["Restarts"] in ("1", "2") and fields["ExitCode"] != "0:0"
     output = describe(tmp_path)
@@ -132,7 +130,7 @@ def test_the_user_ends_a_job_for_good(slurm, shards, tmp_path, how, state):
     else:
         (tmp_path / "stop").touch()
     let_go(tmp_path)
-    fields = slurm.wait(job, state, timeout=60)
-    until(lambda: not slurm.run("squeue", "-h").stdout, 20, "it is still there")
+    fields = slurm.wait(job, state)
+    until(lambda: not slurm.run("squeue", "-h").stdout, "it is still there")
     assert slurm.state(job) == state and slurm.restarts(job) == 0
     assert how == "scancel" or (fields["ExitCode"] == "75:0" and "stops after step" in (tmp_path / "log.txt").read_text())
