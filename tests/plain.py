@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Run, experiment
 from train.config import Config, load_config
 from train.loss import PixelLoss, class_weights
 from train.optim import freeze, lr_factor, lr_scales
-from train.run import _build_model
+from train.run import build_model
 
 
 @dataclass
@@ -36,7 +36,7 @@ def configuration(shards: Path, settings: list[str]) -> Config:
 
 def fresh_model(config: Config, data: Mixture) -> Segmenter:
     torch.manual_seed(config.seed)
-    return _build_model(config, data)
+    return build_model(config, data.label_set.num_classes)
 
 
 def plain_loop(shards: Path, settings: list[str], passed_over: int | None = None) -> Plain:

@@ -68,7 +68,7 @@ def _train(
 ) -> bool:
     """Build everything, resume, and fit. False: interrupted, and saved."""
     torch.manual_seed(config.seed)  # the same fresh weights on every rank
-    model = _build_model(config, train)
+    model = build_model(config, train.label_set.num_classes)
     resume = _resume_points(config)
     origin: dict[str, Any] = {}
     if config.load_from and not resume:
@@ -79,11 +79,7 @@ def _train(
             "licence": report.licence,
         }
         log.info("%s", report.summary())
-    recompute(model, config.model.recompute)
-    if config.compile:
-        for block in model.backbone.blocks:
-            block.compile()
-    freeze(model, config.model.freeze)
+    prepare(model, config)
     if config.model.freeze is not None and not config.load_from and not resume:
         log.warning("model.freeze without load_from: what is frozen keeps its random weights; set load_from")
     scales = lr_scales(model, config.optimizer)
@@ -131,12 +127,21 @@ def _claim(output_dir: Path) -> IO | None:
             return None
 
 
-def _build_model(config: Config, train: Mixture) -> Segmenter:
+def build_model(config: Config, num_classes: int) -> Segmenter:
+    """The experiment's, with fresh weights."""
     spec = config.model
     return build_segmenter(
-        spec.arch, train.label_set.num_classes, spec.image_size, spec.patch_padding, spec.rope_precision, spec.dropout,
-        spec.drop_path,
-    )  # fmt: skip
+        spec.arch, num_classes, spec.image_size, spec.patch_padding, spec.rope_precision, spec.dropout, spec.drop_path
+    )
+
+
+def prepare(model: Segmenter, config: Config) -> None:
+    """Have it recompute, compile and freeze what the experiment wants, once, before it becomes an engine's."""
+    recompute(model, config.model.recompute)
+    if config.compile:
+        for block in model.backbone.blocks:
+            block.compile()
+    freeze(model, config.model.freeze)
 
 
 def _resume_points(config: Config) -> list[Path]:
