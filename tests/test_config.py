@@ -158,10 +158,8 @@ def with_json(tmp_path, text):
         ("{", "not valid JSON"),
         ("{}", "zero_optimization: missing"),
         ('{"zero_optimization": {"stage": 4}}', "stage: must be"),
-        (
-            '{"zero_optimization": {"stage": 2, "overlap_com": true}, "bf16": {"enabled": "auto"}}',
-            "refuses zero_optimization.overlap_com",
-        ),
+        ('{"zero_optimization": {"stage": 1}, "flops_profiler": {"enabled": "maybe"}}', "flops_profiler.enabled: must be true"),
+        ('{"zero_optimization": {"stage": 1}, "comms_logger": 5}', "comms_logger: must be a section"),
         ('{"zero_optimization": {"stage": 1}, "zero_optimisation": {}}', "zero_optimisation: unknown key"),
         ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "optimizer: set `optimizer` in the YAML"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage: given twice"),
@@ -177,6 +175,24 @@ def test_what_deepspeed_would_swallow_is_refused(tmp_path, text, message):
     with pytest.raises(TrainError, match=message) as caught:
         resolve(with_json(tmp_path, text), 2, on_gpu=True)
     assert "ds.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "DeepSpeed refuses zero_optimization.overlap_com: "),
+        ({"bf16": {"enabled": "auto", "foo": 1}}, "DeepSpeed refuses bf16.foo: "),
+        ({"fp16": {"enabled": False, "loss_scale": "many"}}, "DeepSpeed refuses fp16.loss_scale: "),
+        ({"communication_data_type": "fp13"}, "DeepSpeed refuses it: Invalid communication_data_type"),
+        ({"wall_clock_breakdown": "perhaps"}, "DeepSpeed refuses it: "),
+        ({"data_types": {"grad_accum_dtype": "fp13"}}, "data_types.grad_accum_dtype: must be"),
+        ({"steps_per_print": "many"}, "steps_per_print: must be"),
+    ],
+)
+def test_what_deepspeed_would_refuse_later_is_refused_at_once(tmp_path, changes, message):
+    whole = json.loads(Path("ds_configs/zero1.json").read_text()) | changes
+    with pytest.raises(TrainError, match=message):
+        resolve(with_json(tmp_path, json.dumps(whole)), 2, on_gpu=True)
 
 
 def test_precision_fills_the_right_section():

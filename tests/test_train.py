@@ -46,10 +46,11 @@ def test_resume_from_another_run_and_what_may_not_change(shards, tmp_path):
 
 def test_what_deepspeed_refuses_is_told_in_a_line(shards, tmp_path):
     path = tmp_path / "zero.json"
-    path.write_text('{"zero_optimization": {"stage": 2}, "comms_logger": {"enabled": "perhaps", "verbos": true}}')
+    path.write_text('{"zero_optimization": {"stage": 2}, "comms_logger": {"verbose": "perhaps", "verbos": true}}')
     run = train(shards, tmp_path / "run", f"deepspeed={path}")
     assert run.code == 1 and f"{path}: DeepSpeed refuses " in run.output and "Traceback" not in run.output
-    assert "enabled: Input should be a valid boolean" in run.output and "verbos: Extra inputs" in run.output
+    assert "comms_logger.verbose: Input should be a valid boolean" in run.output
+    assert "comms_logger.verbos: Extra inputs" in run.output
 
 
 def test_load_from_takes_weights_only(shards, tmp_path):

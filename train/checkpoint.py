@@ -71,6 +71,13 @@ class Entry:
                 crc = zlib.crc32(block, crc)
         return cls(path.stat().st_size, crc)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether the file there is this one, whole."""
+        try:
+            return Entry.of(path) == self
+        except OSError:
+            return False
+
 
 def fresh_state(config: Config, settings: dict[str, Any], train: Mixture, world_size: int, origin: dict) -> RunState:
     """That of a run that has done no step. settings: DeepSpeed's, resolved. origin: of its weights; {} for fresh ones."""

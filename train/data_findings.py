@@ -36,8 +36,14 @@ def look_at_data(config: Config, findings: Findings) -> tuple[Mixture | None, Sh
     for name, shards in pictured.items():
         if shards:
             path = config.output_dir / f"doctor_{name}.png"
-            save_png(path, example_sheet(shards, PICTURES))
-            findings.line(f"look at {path}: in `mirrored labels` a left eye has the colour of a left eye")
+            try:
+                save_png(path, example_sheet(shards, PICTURES))
+                findings.line(f"look at {path}: in `mirrored labels` a left eye has the colour of a left eye")
+            except OSError as error:
+                findings.error(f"output_dir: {error}")
+                break
+            except DataError as error:
+                findings.error(f"data.{name}: {error}")
     findings.line(f"of each set {TARS_READ} tars at most were read against their sha256 (python -m data.inspect reads all)")
     return train, val
 

@@ -20,6 +20,12 @@ KNOWN_KEYS = {
     "zero_allow_untested_optimizer",
     "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state",
 }  # fmt: skip
+SWITCHES = ("bf16", "fp16", "torch_autocast", "comms_logger", "flops_profiler")  # sections with an `enabled`
+# What DeepSpeed calls them when it refuses one of their keys.
+SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16", "DeepSpeedFP16Config": "fp16",
+    "CommsLoggerConfig": "comms_logger",
+}  # fmt: skip
 ELSEWHERE = {
     "optimizer": "set `optimizer` in the YAML",
     "scheduler": "set `schedule` in the YAML",
@@ -36,7 +42,7 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
     for key in settings:
         if key not in KNOWN_KEYS:
             raise TrainError(f"{path}: {key}: {ELSEWHERE.get(key, 'unknown key; known: ' + ', '.join(sorted(KNOWN_KEYS)))}")
-    for section in ("bf16", "fp16", "torch_autocast", "data_types"):
+    for section in (*SWITCHES, "data_types"):
         if not isinstance(settings.get(section, {}), dict):
             raise TrainError(f'{path}: {section}: must be a section, as {{"enabled": "auto"}}')
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
@@ -80,16 +86,16 @@ def resolve(config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
 def _ask_deepspeed(path: Path, settings: dict[str, Any]) -> None:
     from train.engine import deepspeed  # not above: its import takes seconds, and ours are told at once
 
+    # Of the batch it knows no number of processes yet.
+    asked = {key: value for key, value in settings.items() if key != "train_batch_size"}
     try:
-        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**settings["zero_optimization"])
+        deepspeed.DeepSpeedConfig(asked)
     except ValidationError as error:
-        raise TrainError(refusal(path, error, "zero_optimization")) from None
-
-
-def refusal(path: Path, error: ValidationError, *section: str) -> str:
-    """What DeepSpeed has against a file, or a section of it, in a line."""
-    found = "; ".join(f"{'.'.join(map(str, (*section, *problem['loc'])))}: {problem['msg']}" for problem in error.errors())
-    return f"{path}: DeepSpeed refuses {found}"
+        section = SECTIONS.get(error.title, error.title)
+        found = (f"{'.'.join(map(str, (section, *problem['loc'])))}: {problem['msg']}" for problem in error.errors())
+        raise TrainError(f"{path}: DeepSpeed refuses {'; '.join(found)}") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise TrainError(f"{path}: DeepSpeed refuses it: {error}") from None
 
 
 def stage(settings: dict[str, Any]) -> int:
@@ -149,6 +155,13 @@ def _refuse_traps(path: Path, settings: dict[str, Any], bf16: bool, fp16: bool, 
     unknown = settings.get("data_types", {}).keys() - {"grad_accum_dtype"}
     if unknown:
         raise TrainError(f"{path}: data_types: {', '.join(sorted(unknown))}: unknown key; known: grad_accum_dtype")
+    if settings.get("data_types", {}).get("grad_accum_dtype") not in (None, "fp32", "bf16", "fp16"):
+        raise TrainError(f"{path}: data_types.grad_accum_dtype: must be fp32, bf16 or fp16")
+    for section in SWITCHES:
+        if not isinstance(settings.get(section, {}).get("enabled", False), bool):
+            raise TrainError(f"{path}: {section}.enabled: must be true or false")
+    if not isinstance(settings.get("steps_per_print", 1), int):
+        raise TrainError(f"{path}: steps_per_print: must be a number of steps")
     if bf16 and not half and not autocast:
         raise TrainError(f'{path}: bf16: missing, but precision is bf16; add "bf16": {{"enabled": "auto"}}')
     if fp16 and not on_gpu:

@@ -9,11 +9,15 @@ arguments.
 """
 
 import argparse
+import fcntl
+import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +38,7 @@ from train.report import read_metrics
 
 PREFLIGHT_SECONDS = 40
 READINGS = 10  # of a run's pace, whose median counts
+CHECKPOINT_BYTES = 4e9  # up to which a checkpoint is read whole, in seconds
 
 
 class Doctor:
@@ -45,7 +50,7 @@ class Doctor:
         self.environment = dict(os.environ)  # before DeepSpeed's import, which adds to it
         self.train: Mixture | None = None
         self.val: ShardSet | None = None
-        self.steps_done = 0
+        self.resumed: checkpoint.RunState | None = None
         self.on_gpu = args.gpus is not None or args.gpu_memory is not None or torch.cuda.is_available()
         self.processes = args.gpus or max(1, torch.cuda.device_count())
 
@@ -64,27 +69,52 @@ class Doctor:
         config, tell = self.config, self.findings.line
         if not self.on_gpu:
             tell("no GPU is here: judged as a run on this CPU; --gpus N --gpu-memory GB judge one elsewhere")
+        if self.args.hostfile and self.args.hostfile.is_file():
+            self._count_slots(self.args.hostfile)
         settings = deepspeed_config.resolve(config, self.processes, self.on_gpu)
         accumulated = settings["gradient_accumulation_steps"]
         where = f"{self.processes} x {'GPU' if self.on_gpu else 'CPU'}"
         tell(f"{config.model.arch} at {'x'.join(map(str, config.model.image_size))} on {where}, {config.deepspeed}")
         tell(f"batch {config.global_batch_size} = {config.micro_batch_size} x {self.processes} x {accumulated} accumulated")
         if self.train is None:
-            tell("not looked at whole: the shards are missing")
+            tell("not looked at whole: the training data has an error")
             return
         check(config, self.train, self.val, self.processes, self.on_gpu)
         found = checkpoint.sources(config.output_dir, config.resume_from)
         if not found:
             tell(f"a new run in {config.output_dir}")
             return
-        then, _ = checkpoint.read(found[0])
-        self.steps_done = then.step
-        tell(f"goes on from {found[0]}")
-        checkpoint.refuse_another_run(found[0], then, checkpoint.fresh_state(config, settings, self.train, self.processes, {}))
+        self._look_for_another_run()
+        now = checkpoint.fresh_state(config, settings, self.train, self.processes, {})
+        for path in found:
+            then, files = checkpoint.read(path)
+            checkpoint.refuse_another_run(path, then, now)
+            is_read = sum(entry.bytes for entry in files.values()) <= CHECKPOINT_BYTES
+            damaged = [name for name, entry in files.items() if not entry.is_at(path / name)] if is_read else []
+            if not damaged:
+                self.resumed = then
+                tell(f"goes on from {path}{'' if is_read else ', whose checksums are compared when the run starts'}")
+                break
+            self.findings.warning(f"{path}: damaged: {', '.join(damaged)}; passed over")
+        else:
+            raise TrainError(f"{found[0].parent}: no checkpoint there is sound; start anew in another output_dir")
+
+    def _look_for_another_run(self) -> None:
+        with suppress(OSError), (self.config.output_dir / "log.txt").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.findings.warning(f"{self.config.output_dir}: a run is at work in it; one that starts now would leave again")
+
+    def _count_slots(self, hostfile: Path) -> None:
+        slots = sum(map(int, re.findall(r"^\s*[^#\s]+\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)))
+        if slots and self.args.gpus not in (None, slots):
+            raise TrainError(f"--gpus {self.args.gpus}: {hostfile} has {slots} slots; leave --gpus out, or mend it")
+        self.processes = slots or self.processes  # none: what is wrong with the file is told of the hosts
 
     def _weights(self) -> None:
         config, tell = self.config, self.findings.line
-        if self.steps_done:
+        if self.resumed:
             tell("the checkpoint's")
             return
         if config.load_from is None:
@@ -95,10 +125,13 @@ class Doctor:
         if config.load_from.startswith(HUB):
             tell(f"{config.load_from} is looked at when the run starts: it may have to be fetched")
             return
-        classes = self.train.label_set.classes if self.train else ()
+        if self.train is None:
+            tell("not looked at: the training data tells the classes")
+            return
+        classes = self.train.label_set.classes
         with torch.device("meta"):
             model = build_segmenter(
-                config.model.arch, max(2, len(classes)), config.model.image_size, config.model.patch_padding,
+                config.model.arch, len(classes), config.model.image_size, config.model.patch_padding,
                 config.model.rope_precision,
             )  # fmt: skip
         _, report = match_weights(model, config.load_from, classes, config.load_partial, config.load_classes)
@@ -107,7 +140,7 @@ class Doctor:
 
     def _memory(self) -> None:
         if self.train is None:
-            self.findings.line("not known: the shards tell the number of classes")
+            self.findings.line("not known: the training data tells the number of classes")
             return
         have = self.args.gpu_memory * GB if self.args.gpu_memory else _memory_here(self.on_gpu)
         all_labelled = bool(self.train.labelled.all())
@@ -132,7 +165,7 @@ class Doctor:
 
     def _time(self) -> None:
         if self.train is None:
-            self.findings.line("not known: the shards tell the length of an epoch")
+            self.findings.line("not known: the training data tells the length of an epoch")
             return
         config, length = self.config, training_order(self.config, self.train).epoch_length
         steps = config.total_steps(length)
@@ -140,12 +173,13 @@ class Doctor:
         self.findings.line(f"{steps} steps of {config.global_batch_size} images: {epochs:.1f} epochs of {length}")
         rate, whose = self.args.images_per_second, "as given"
         if rate is None:
-            rate, whose = _measured_rate(config.output_dir), f"as measured in {config.output_dir}"
+            rate, whose = _measured_rate(config.output_dir), f"measured in {config.output_dir} on {_devices(config.output_dir)}"
         if rate is None:
             self.findings.line("how long: give --images-per-second, which a few steps with schedule.steps=50 tell")
             return
-        hours = max(0, steps - self.steps_done) * config.global_batch_size / rate / 3600
-        left = f"the {steps - self.steps_done} steps that are left: " if self.steps_done else ""
+        done = self.resumed.step if self.resumed else 0
+        hours = (steps - done) * config.global_batch_size / rate / 3600
+        left = f"the {steps - done} steps that are left: " if done else ""
         self.findings.line(f"{left}{hours:.1f} hours at {rate:.3g} images/s, {whose}, without validation")
 
     def _hosts(self) -> None:
@@ -183,6 +217,15 @@ def _measured_rate(output_dir: Path) -> float | None:
         return None
     rate = statistics.median(rates[-READINGS:])
     return rate if rate > 0 else None
+
+
+def _devices(output_dir: Path) -> str:
+    """What the run in that folder was measured on."""
+    try:
+        about = json.loads((output_dir / "environment.json").read_text())
+        return f"{about['processes']} x {about['device']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "devices that it does not tell"
 
 
 def _positive(text: str) -> float:

@@ -19,12 +19,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
-from pydantic import ValidationError
 
 from model.segmenter import Segmenter
 from train import TrainError
 from train.config import Config
-from train.deepspeed_config import refusal, stage
+from train.deepspeed_config import stage
 from train.optim import build_optimizer
 
 
@@ -81,7 +80,7 @@ def build_engine(model: Segmenter, config: Config, settings: dict) -> DeepSpeedE
     """The engine of a resolved DeepSpeed dict. The model is whole on every rank beforehand.
 
     `zero.Init` around a timm model would silently change its initialisation, so the model is built plainly, on the CPU,
-    and DeepSpeed partitions it from there. Raises TrainError for a key that DeepSpeed does not know.
+    and DeepSpeed partitions it from there. Raises TrainError for settings that DeepSpeed refuses only now.
     """
     optimizer = build_optimizer(model, config.optimizer)
     if stage(settings) == 0:
@@ -94,8 +93,6 @@ def build_engine(model: Segmenter, config: Config, settings: dict) -> DeepSpeedE
     gc.freeze()  # its bf16 optimizer collects garbage twice for each group: half a minute of looking through all of PyTorch
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    except ValidationError as error:
-        raise TrainError(refusal(config.deepspeed, error)) from None
     except (AssertionError, ValueError, ZeRORuntimeException) as error:
         raise TrainError(f"{config.deepspeed}: DeepSpeed refuses it: {str(error).strip() or type(error).__name__}") from error
     finally:

@@ -5,7 +5,7 @@ Weights, gradients and the optimizer's state are counted: train.zero_memory.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,7 @@ class PeakTracker(TorchDispatchMode):
 
 
 class Estimate:
-    """What `Memory` is made of. The activations, which take seconds, are measured once for all ZeRO stages that have the same.
+    """What `Memory` is made of.
 
     Args:
         all_labelled: whether every image's masks can show every class.
@@ -71,32 +71,36 @@ class Estimate:
 
     def __init__(self, label_set: LabelSet, all_labelled: bool, processes: int) -> None:
         self.label_set, self.all_labelled, self.processes = label_set, all_labelled, processes
-        self._measured: dict[str, tuple[int, int, Sizes]] = {}
+        self._models: dict[str, Segmenter] = {}
+        self._measured: dict[str, Any] = {}
 
     def memory(self, config: Config, settings: dict[str, Any]) -> Memory:
         """Of a process of this experiment, with these resolved DeepSpeed settings."""
         dtype, autocast = _dtype(settings)
-        batches = config.micro_batch_size, config.evaluate.batch_size if config.data.val else 0
-        key = str((config.model.model_dump_json(), config.loss.model_dump_json(), *batches, dtype, autocast))
-        if key not in self._measured:
-            model = _fake_model(config, self.label_set.num_classes, dtype)
-            validation = self._validation(model, config, autocast) if config.data.val else 0
-            self._measured[key] = self._activations(model, config, autocast), validation, _sizes(model, config)
-        activations, validation, sizes = self._measured[key]
+        activations = self._once(self._activations, config, dtype, autocast, config.micro_batch_size)
+        validation = self._once(self._validation, config, dtype, autocast, config.evaluate.batch_size) if config.data.val else 0
+        sizes = self._once(_sizes, config, dtype, autocast, 0)
         averaged = config.ema.decay is not None
         found = kept_by(settings, sizes, self.processes, activations, averaged)
         # The average changes places with the weights for that: one more copy of what AdamW keeps on the device.
         exchanged = found.optimizer // (3 + (stage(settings) > 0)) if averaged else 0
         return replace(found, validation=validation + exchanged if validation else 0)
 
+    def _once(self, measure: Callable, config: Config, dtype: torch.dtype, autocast: bool, batch: int) -> Any:
+        """What `measure` tells of the model and a batch of so many images. It takes seconds, and most stages share it."""
+        which = f"{config.model.model_dump_json()} {dtype}"
+        key = f"{measure.__name__} {which} {config.loss.model_dump_json()} {autocast} {batch}"
+        if which not in self._models:
+            self._models[which] = _fake_model(config, self.label_set.num_classes, dtype)
+        if key not in self._measured:
+            self._measured[key] = measure(self._models[which], config, autocast)
+        return self._measured[key]
+
     def _activations(self, model: Segmenter, config: Config, autocast: bool) -> int:
         """The peak of a micro batch's forward pass, loss and backward pass, without the gradients of parameters."""
         size, batch, classes = config.model.image_size, config.micro_batch_size, self.label_set.num_classes
         seeds = torch.arange(batch)  # real: dropout draws from its numbers
         loss = PixelLoss(torch.ones(classes), self.label_set, config.loss.label_smoothing, config.loss.dice)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with next(model.parameters()).fake_mode, PeakTracker([*model.parameters(), *model.buffers()]) as tracker:
             images, labels = (torch.empty(batch, *channels, *size, dtype=torch.uint8) for channels in ((3,), ()))
             labelled = None if self.all_labelled else torch.ones(batch, classes, dtype=torch.bool)
@@ -117,7 +121,7 @@ class Estimate:
         return max(tracker.peak, kept + 2 * FP32 * self.label_set.num_classes * size[0] * size[1])
 
 
-def _sizes(model: Segmenter, config: Config) -> Sizes:
+def _sizes(model: Segmenter, config: Config, autocast: bool) -> Sizes:
     with next(model.parameters()).fake_mode:
         groups = build_optimizer(model, config.optimizer).param_groups
     learning = [[parameter.numel() for parameter in group["params"]] for group in groups]
@@ -133,7 +137,7 @@ def _dtype(settings: dict[str, Any]) -> tuple[torch.dtype, bool]:
 
 
 def _fake_model(config: Config, num_classes: int, dtype: torch.dtype) -> Segmenter:
-    """As the engine has it, of tensors without data."""
+    """As the engine has it, of tensors without data; it keeps no gradients."""
     spec = config.model
     with torch.device("meta"):  # timm's constructors do not work with fake tensors
         model = build_segmenter(
@@ -147,6 +151,9 @@ def _fake_model(config: Config, num_classes: int, dtype: torch.dtype) -> Segment
                 setattr(module, name, torch.empty(buffer.shape, dtype=dtype))
     recompute(model, spec.recompute)
     freeze(model, spec.freeze)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     return model.train()
 
 

@@ -1,7 +1,7 @@
 """Does a run fit into a GPU, and if not, what is the cheapest change that makes it?"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -51,7 +51,9 @@ class Remedies:
             settings = deepspeed_config.resolve(config, self.processes, self.on_gpu)
         except TrainError:
             return None
-        memory = self.estimate.memory(config, settings)
+        return self._judge(self.estimate.memory(config, settings))
+
+    def _judge(self, memory: Memory) -> Fit:
         needed = memory.device * FRAGMENTS + CUDA_BYTES if self.on_gpu else memory.device + memory.host + memory.copies
         return Fit(memory, needed, self.have is None or needed <= self.have)
 
@@ -79,13 +81,25 @@ class Remedies:
             model = config.model.model_copy(update={"recompute": recomputed})
             evaluate = config.evaluate.model_copy(update={"batch_size": validated})
             update = {"deepspeed": path, "micro_batch_size": batch, "model": model, "evaluate": evaluate}
-            found = self.fit(config.model_copy(update=update))
+            changed = config.model_copy(update=update)
+            found = self.fit(changed) if self._may_fit(changed, config) else None
             if found and found.fits:
                 was = config.deepspeed, config.micro_batch_size, config.model.recompute, config.evaluate.batch_size
                 names = ("deepspeed", "micro_batch_size", "model.recompute", "evaluate.batch_size")
                 told = (f"{name}={new}" for name, old, new in zip(names, was, changes, strict=True) if new != old)
                 return " ".join(told), found
         return None
+
+    def _may_fit(self, changed: Config, config: Config) -> bool:
+        """Whether to look closer at smaller batches, which takes seconds for each: a batch takes its share of a larger one's
+        memory or more, and that was measured."""
+        size, validated = config.micro_batch_size, config.evaluate.batch_size
+        whole = self.fit(changed.model_copy(update={"micro_batch_size": size, "evaluate": config.evaluate}))
+        if whole is None:
+            return False
+        activations = whole.memory.activations * changed.micro_batch_size // size
+        validation = whole.memory.validation * changed.evaluate.batch_size // validated
+        return self._judge(replace(whole.memory, activations=activations, validation=validation)).fits
 
     def _changes(self, config: Config) -> Iterator[Changes]:
         """Each part what it is, or something that takes less memory."""

@@ -133,7 +133,7 @@ class Saver:
         """The files whose checksum is another one; the ranks share the work."""
         mine = sorted(files)[self.job.rank :: self.job.world_size]
         found: list = [None] * self.job.world_size
-        dist.all_gather_object(found, [file for file in mine if _changed(path / file, files[file])])
+        dist.all_gather_object(found, [file for file in mine if not files[file].is_at(path / file)])
         return sorted(sum(found, []))
 
     @property
@@ -204,10 +204,3 @@ class Pieces:
 
 def _file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def _changed(path: Path, entry: Entry) -> bool:
-    try:
-        return Entry.of(path) != entry
-    except OSError:
-        return True
