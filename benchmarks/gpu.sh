@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The figures of docs/benchmarks.md on this machine's first GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
+
+Draws faces, packs them, and measures one experiment after the other with train.benchmark; the table comes last, from the JSON
+files in OUT (default outputs/gpu). About 20 minutes on an H100. What does not fit is said, and passed over.
+
+  RUNS      lines of `recipe recompute micro_batch_size ds_config compare`, instead of those below; compare: yes or no
+  STEPS     measured in each (default 20)
+  SIZE      height,width (default 1024,768)
+  FACES     that are drawn (default 64)
+TEXT
+}
+
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+out=${1:-outputs/gpu}
+python=python
+[ -x .venv/bin/python ] && python=.venv/bin/python
+RUNS=${RUNS:-"face_0.3b none 4 zero1 yes
+face_0.3b none 8 zero1 yes
+face_0.3b head 16 zero1 no
+face_0.3b blocks 16 zero1 no
+face_0.6b none 4 zero1 no
+face_1b none 2 zero1 yes
+face_1b head 4 zero1 no
+face_1b blocks 8 zero1 yes
+face_2b blocks 4 zero2 no
+sapiens2_29_1b head 4 zero1 no
+sapiens2_29_5b blocks 2 zero2_offload no"}
+
+rm -rf "$out"
+mkdir -p "$out"
+$python -m data.synthetic --out "$out/faces" --count "${FACES:-64}" --size 512 --seed 0
+$python -m data.build_shards --dataset facesynthetics --root "$out/faces" --out "$out/shards" --val-fraction 0 >"$out/shards.txt"
+while read -r recipe recompute batch zero compare; do
+  name=${recipe}_${recompute}_${batch}_$zero
+  options=()
+  if [ "$compare" = yes ]; then options+=(--compare plain); fi
+  echo "== $name"
+  # Its loss and background belong to other classes; a step of one micro batch is what is measured.
+  $python -m train.benchmark --config "train/configs/$recipe.yaml" --steps "${STEPS:-20}" --json "$out/$name.json" "${options[@]}" \
+    "data.train=$out/shards/train" data.rare_share=null loss.class_weights=none augment.background_class=0 \
+    "deepspeed=ds_configs/$zero.json" "model.recompute=$recompute" "model.image_size=[${SIZE:-1024,768}]" \
+    "micro_batch_size=$batch" "global_batch_size=$batch" </dev/null >"$out/$name.txt" 2>&1 ||
+    { echo "not measured: $(tail -n 1 "$out/$name.txt")"; continue; }
+  tail -n 14 "$out/$name.txt"
+done <<<"$RUNS"
+$python -m benchmarks.gpu_table "$out"

@@ -1,0 +1,40 @@
+"""A table of the JSON files that train.benchmark has written into a folder.
+
+    python -m benchmarks.gpu_table outputs/gpu
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+COLUMNS = {
+    "step ms": ("step_ms", ".1f"), "images/s": ("images_per_second", ".2f"), "TFLOP/s": ("tflops", ".1f"), "MFU": ("mfu", ".1%"),
+    "peak GB": ("peak_gb", ".2f"),
+}  # fmt: skip
+
+
+def row(found: dict) -> list[str]:
+    ours, plain = found["sides"]["ours"], found["sides"].get("plain")
+    what = f"{found['arch']} {'x'.join(map(str, found['image_size']))}"
+    setting = [what, str(found["recompute"]), str(found["micro_batch_size"]), Path(found["deepspeed"]).stem]
+    values = ["-" if ours[key] is None else format(ours[key], form) for key, form in COLUMNS.values()]
+    ratio = f"{ours['images_per_second'] / plain['images_per_second']:.2f}" if plain else "-"
+    return [*setting, *values, f"{found['predicted_gb']:.2f}", ratio]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
+    if not results:
+        parser.error(f"{args.folder}: holds no results; benchmarks/gpu.sh {args.folder} makes them")
+    names = ["model", "recompute", "batch", "ZeRO", *COLUMNS, "predicted", "to plain"]
+    lines = [names, ["---"] * len(names), *map(row, results)]
+    versions = ", ".join(f"{name} {results[0]['packages'][name]}" for name in ("torch", "deepspeed", "timm"))
+    print(f"{results[0]['device']}; {versions}; revision {results[0]['revision'] or 'unknown'}")
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

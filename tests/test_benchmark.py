@@ -1,0 +1,107 @@
+"""The benchmark of a whole step: on real processes, and its peer computes what we do."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from data.labels import load_label_set
+from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
+from train.clock import StepClock
+from train.config import load_config
+from train.engine import Job
+from train.loss import PixelLoss
+from train.peer import Plain
+from train.run import build_model
+
+
+def benchmark(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+    command = [*launched("train.benchmark", processes), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=train_environment(), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_both_sides_are_measured_on_the_same_loader(shards, tmp_path):
+    found, trace = tmp_path / "out" / "figures.json", tmp_path / "trace.json"
+    options = ["--steps", 7, "--warm-up", 2, "--compare", "plain", "--json", found, "--trace", trace]
+    done = benchmark("--config", *experiment(shards, tmp_path / "run", "ema.decay=0.9"), *options)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(found.read_text())
+    assert figures["steps"] == 10 and figures["accumulation"] == 2 and list(figures["sides"]) == ["ours", "plain"]
+    for side in figures["sides"].values():
+        phases = [side[f"{phase}_ms"] for phase in ("data", "forward", "backward", "optimizer")]
+        assert all(ms > 0 for ms in phases) and 0.5 < sum(phases) / side["step_ms"] < 1.2
+        assert side["images_per_second"] == pytest.approx(8e3 / side["step_ms"])
+        assert side["mfu"] is None and side["peak_gb"] is None and 0 < side["tflops"] < 1
+        assert np.isfinite(side["losses"]).all() and side["losses"][-1] < side["losses"][0]
+    assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_drawn_data():
+    options = ["--drawn-data", "--steps", 1, "--warm-up", 1]
+    done = benchmark("--config", "train/configs/demo.yaml", "model.image_size=[32,24]", "data.train=nowhere", *options)
+    assert done.returncode == 0 and "images/s" in done.stdout, done.stderr
+
+
+def test_two_processes(shards, tmp_path):
+    arguments = ["--config", *experiment(shards, tmp_path / "run"), "--steps", 1, "--json", tmp_path / "figures.json"]
+    done = benchmark(*arguments, processes=2)
+    assert done.returncode == 0, done.stderr + done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["processes"] == 2 and figures["accumulation"] == 1 and done.stdout.count("images/s") == 1
+    refused = benchmark(*arguments, "--compare", "plain", processes=2)
+    assert refused.returncode != 0 and "error: --compare plain: the peer is one process" in refused.stderr + refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [(["data.train=nowhere"], "nowhere"), (["micro_batch_size=3"], "micro_batch_size"), (["misspelt=1"], "misspelt")],
+)
+def test_mistakes_are_told_in_a_line(shards, tmp_path, overrides, words):
+    done = benchmark("--config", *experiment(shards, tmp_path / "run", *overrides))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arch", "recompute"), [("tiny", "none"), ("tiny2", "blocks")])
+def test_the_peer_computes_the_same(arch, recompute):
+    label_set = load_label_set("face19")
+    settings = [f"model.arch={arch}", "model.image_size=[32,32]", f"model.recompute={recompute}", "optimizer.clip_norm=0"]
+    config = load_config(ROOT / "train/configs/demo.yaml", settings)
+    torch.manual_seed(0)
+    model = build_model(config, label_set.num_classes).train()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, label_set.num_classes, (3, 32, 32), dtype=torch.uint8)
+    labels[0, :5] = label_set.ignore_index
+    weights = torch.rand(label_set.num_classes) + 0.5
+    counts = torch.stack([torch.bincount(mask.flatten(), minlength=256) for mask in labels])
+    loss = PixelLoss(weights, label_set)
+    job = Job(0, 1, torch.device("cpu"))
+    peer = Plain(model, config, weights, label_set.ignore_index, StepClock(on_gpu=False), job)
+    expected = loss.share(model(images, torch.arange(3)), labels, loss.totals(counts))
+    expected.backward()
+    batch = type("Batch", (), {"images": images, "labels": labels})
+    kept: list[torch.Tensor] = []
+    peer.optimizer.zero_grad = lambda: kept.extend(parameter.grad.clone() for parameter in peer.parameters)
+    assert peer.step([batch]) == pytest.approx(expected.item(), rel=1e-6)
+    ours = [parameter.grad for parameter in model.parameters()]
+    largest = max(gradient.abs().max() for gradient in ours)
+    assert len(kept) == len(ours) and all((a - b).abs().max() <= 1e-5 * largest for a, b in zip(kept, ours, strict=True))
+
+
+def test_the_script_for_gpus_prints_its_table_last(tmp_path):
+    runs = "demo none 2 zero1 yes\ndemo blocks 2 zero2 no\ndemo none 2 zero9 no"
+    variables = {"RUNS": runs, "STEPS": "1", "SIZE": "32,24", "FACES": "8"}
+    done = subprocess.run(
+        [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], env=train_environment() | variables, capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.count("not measured: error: deepspeed: ds_configs/zero9.json: no such file") == 1
+    *_, head, rule, first, second = done.stdout.splitlines()
+    assert head.startswith("| model | recompute |") and set(rule) == set("|- ")
+    assert first.startswith("| tiny 32x24 | none | 2 | zero1 |") and not first.endswith("| - |")
+    assert second.startswith("| tiny 32x24 | blocks | 2 | zero2 |") and second.endswith("| - |")

@@ -1,0 +1,60 @@
+"""The training step that one would write without this repository, for train.benchmark to compare with."""
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batch import Batch
+from model.segmenter import Segmenter, has_weight_decay, normalize
+from train.clock import StepClock
+from train.config import Config
+from train.engine import Job
+
+
+class Plain:
+    """timm's backbone and the head in eager PyTorch with autocast, and fused AdamW; begins with the weights that `model` has.
+
+    All its blocks are recomputed if the experiment recomputes any: else it would not fit where the experiment does. Its loss
+    is the mean over each micro batch's valid pixels, weighted by class.
+    """
+
+    def __init__(self, model: Segmenter, config: Config, weights: Tensor, ignore_index: int, clock: StepClock, job: Job) -> None:
+        head = deepcopy(model.decode_head)
+        self.backbone = deepcopy(model.backbone).to(job.device).train()
+        self.backbone.set_grad_checkpointing(config.model.recompute not in ("none", "head"))
+        dropout = nn.Dropout2d(config.model.dropout)
+        self.head = nn.Sequential(*head.deconv_layers, *head.conv_layers, dropout, head.conv_seg).to(job.device).train()
+        named = [*self.backbone.named_parameters(), *self.head.named_parameters()]
+        self.parameters = [parameter for _, parameter in named]
+        wanted = config.optimizer
+        groups = [
+            {"params": [p for name, p in named if has_weight_decay(name, p.ndim) == decays], "weight_decay": decay}
+            for decays, decay in ((True, wanted.weight_decay), (False, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, fused=True)
+        self.clip_norm, self.weights, self.ignore_index = wanted.clip_norm, weights.to(job.device), ignore_index
+        half = config.precision == "bf16" or (config.precision == "auto" and job.on_gpu)
+        self.autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=half)
+        self.clock, self.device = clock, job.device
+
+    def step(self, micro_batches: list[Batch]) -> float:
+        """An optimizer step; returns its loss."""
+        total = 0.0
+        for batch in micro_batches:
+            self.clock.enter("forward")
+            labels = batch.labels.to(self.device, non_blocking=True).long()
+            with self.autocast:
+                logits = self.head(self.backbone(normalize(batch.images.to(self.device, non_blocking=True))))
+            logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(logits, labels, self.weights, ignore_index=self.ignore_index) / len(micro_batches)
+            self.clock.enter("backward")
+            loss.backward()
+            total += loss.detach()
+        self.clock.enter("optimizer")
+        if self.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total)
