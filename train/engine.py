@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which settles it
+# Before the import, which settles it. An empty one, which DeepSpeed would refuse, is none.
+if not os.environ.get("DS_ACCELERATOR"):
+    os.environ.pop("DS_ACCELERATOR", None)
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
