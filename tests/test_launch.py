@@ -171,7 +171,7 @@ def test_a_second_signal_ends_it_at_once(shards, tmp_path):
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):
             rank.resume()
-    process.communicate(timeout=20)
+    process.communicate(timeout=30)
     assert process.returncode not in (0, INTERRUPTED)
-    _, alive = psutil.wait_procs(family, timeout=1)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive

@@ -106,7 +106,7 @@ def test_a_rank_that_comes_and_does_not_sum_ends_the_others_in_time():
     assert store.get("all are here") == b"yes"
     started = time.monotonic()
     ((code, _, told),) = ended(process)
-    assert code == 1 and time.monotonic() - started < 9
+    assert code == 1 and time.monotonic() - started < 20
     assert told.startswith("error: rank 0 (n0): the sums fail, or take over 5 s: ") and told.count("\n") == 1
 
 
