@@ -23,8 +23,8 @@ def start(shards: Path, folder: Path, *overrides: str, **variables: str) -> subp
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUTPUT_DIR": str(folder), **variables}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
     small = [override for override in SMALL if not override.startswith("micro_batch_size")]  # the variable's
-    # A shell cannot trap what was ignored before it started, as SIGINT is in the background of another shell.
-    command = ["env", "--default-signal=INT", "launch/node.sh"]
+    # A shell cannot trap what was ignored before it started: SIGINT in the background of another one, SIGHUP under nohup.
+    command = ["env", "--default-signal=INT,HUP", "launch/node.sh"]
     command += [*small, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", *overrides]
     started.append(
         subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
