@@ -80,11 +80,11 @@ class Doctor:
             tell("not looked at whole: the training data has an error")
             return
         check(config, self.train, self.val, self.processes, self.on_gpu)
+        self._look_for_another_run()
         found = checkpoint.sources(config.output_dir, config.resume_from)
         if not found:
             tell(f"a new run in {config.output_dir}")
             return
-        self._look_for_another_run()
         now = checkpoint.fresh_state(config, settings, self.train, self.processes, {})
         for path in found:
             then, files = checkpoint.read(path)
@@ -107,7 +107,7 @@ class Doctor:
                 self.findings.warning(f"{self.config.output_dir}: a run is at work in it; one that starts now would leave again")
 
     def _count_slots(self, hostfile: Path) -> None:
-        slots = sum(map(int, re.findall(r"^\s*[^#\s]+\s+slots=(\d+)", hostfile.read_text(), re.MULTILINE)))
+        slots = sum(map(int, re.findall(r"^\s*[^#\s]+\s+slots=(\d+)", hostfile.read_text(errors="replace"), re.MULTILINE)))
         if slots and self.args.gpus not in (None, slots):
             raise TrainError(f"--gpus {self.args.gpus}: {hostfile} has {slots} slots; leave --gpus out, or mend it")
         self.processes = slots or self.processes  # none: what is wrong with the file is told of the hosts
