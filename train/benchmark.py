@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("error: --compare plain: the peer is one process; start one, or leave it out")
     try:
         with drawn_data(args.drawn_data) as overrides:
-            config = load_config(args.config, [*overrides, *args.overrides])
+            config = load_config(args.config, [*args.overrides, *overrides])
             found = measure(config, args.compare is not None, args.steps, args.warm_up, args.trace)
     except (TrainError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")
