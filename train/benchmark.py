@@ -4,7 +4,7 @@
 
 Builds the experiment's own model, engine and loader, warms up, and prints a step's milliseconds by phase, images a second, and on
 a GPU TFLOP/s, MFU and memory, beside what train.doctor predicts of it. `--compare plain` measures in turns with it what one would
-write without this repository: timm's backbone and the head in eager PyTorch with autocast, and fused AdamW, on the same batches.
+write without this repository: timm's backbone and the head in eager PyTorch with autocast, and fused AdamW, from the same loader.
 All figures are medians of single steps.
 """
 
