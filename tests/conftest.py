@@ -1,19 +1,26 @@
 """Drawn shards for all tests, and real runs of `python -m train` to look at."""
 
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data.synthetic import write_dataset
 
 ROOT = Path(__file__).parent.parent
+FORKS = ["-m", "tests.forks"]
 PATIENCE = 600  # seconds for what two free cores do in a tenth of that: what does not come then will never come
 # Small enough for a step in a tenth of a second: 12 tokens.
 SMALL = [
@@ -30,23 +37,63 @@ def python(*arguments: object, timeout: float = PATIENCE, **environment: str) ->
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def faces(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("faces")
-    write_dataset(root, count=40, seed=5, size=64)
-    return root
+def allowed(seconds: float) -> float:
+    """`seconds`, and as many more as this machine is slower now than two free cores, on which PyTorch is there in 2 s."""
+    before = time.monotonic()
+    python("-c", "import torch")
+    return seconds * max(1, (time.monotonic() - before) / 4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """A run that a failed test has left at work would take the processor from all others. Those of clusters end their own."""
+    this, failed = psutil.Process(), request.session.testsfailed
+    before = set(this.children(recursive=True))
+    yield
+    if request.session.testsfailed > failed and {"slurm", "hosts"}.isdisjoint(request.fixturenames):
+        for process in set(this.children(recursive=True)) - before:
+            with suppress(psutil.Error):
+                if process.cmdline()[1:] != FORKS:
+                    process.kill()
 
 
 @pytest.fixture(scope="session")
-def shards(faces, tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: a folder that `make` has filled, called by the first of pytest's processes that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = base / name, base / f"{name}_done"
+        with (base / f"{name}_lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def faces(once) -> Path:
+    return once("faces", lambda root: write_dataset(root, count=40, seed=5, size=64))
+
+
+@pytest.fixture(scope="session")
+def shards(faces, once) -> Path:
     """A folder with train (31 samples, in several tars) and val (9)."""
-    out = tmp_path_factory.mktemp("shards")
-    done = python(
-        "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", faces, "--out", out,
-        "--val-fraction", "0.225", "--samples-per-shard", "10",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def build(out: Path) -> None:
+        done = python(
+            "-m", "data.build_shards", "--dataset", "facesynthetics", "--root", faces, "--out", out,
+            "--val-fraction", "0.225", "--samples-per-shard", "10",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return once("shards", build)
 
 
 @dataclass
@@ -85,17 +132,32 @@ def train_command(shards: Path, folder: Path, *overrides: str, processes: int = 
 
 
 def train_environment() -> dict[str, str]:
-    # The launcher starts `python` by its own interpreter, but asks DS_ACCELERATOR how many devices there are.
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # The launcher starts `python` by its own interpreter, but asks DS_ACCELERATOR how many devices there are. By LOCAL_SIZE a
+    # process alone takes half of the cores, as each of two does: so it computes the same, and leaves room for another test.
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": "2"}
 
 
-def train(shards: Path, folder: Path, *overrides: str, processes: int = 1, timeout: float = PATIENCE) -> Run:
-    command = train_command(shards, folder, *overrides, processes=processes)
-    done = subprocess.run(
-        command, cwd=ROOT, env=train_environment(), timeout=timeout, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+@cache
+def _forks() -> subprocess.Popen:
+    """It ends with its input."""
+    return subprocess.Popen(
+        [sys.executable, *FORKS],
+        cwd=ROOT, env=train_environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    return Run(done.returncode, done.stdout, folder)
+
+
+def train(shards: Path, folder: Path, *overrides: str, processes: int = 1) -> Run:
+    """A run of so many processes, to its end. They are forks (see tests.forks), for the launcher and all that is imported take
+    longer than most runs: what is about them starts `train_command`."""
+    forks = _forks()
+    try:
+        print(json.dumps([experiment(shards, folder, *overrides), processes]), file=forks.stdin, flush=True)
+        code, output = json.loads(forks.stdout.readline())
+    except BaseException:  # also when pytest's own time is over: its answer would be taken for the next run's
+        forks.kill()
+        _forks.cache_clear()
+        raise
+    return Run(code, output, folder)
 
 
 def recorded_runs(jobs: dict[str, list[str]], folder: Path, processes: int, *arguments: object) -> dict[str, Run]:

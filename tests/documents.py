@@ -21,7 +21,7 @@ import yaml
 from data.synthetic import write_dataset
 from model.segmenter import build_segmenter
 from model.weight_files import original_key
-from tests.conftest import ROOT, train_environment
+from tests.conftest import PATIENCE, ROOT, train_environment
 
 README = "README.md"
 PAGES = [README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -41,7 +41,7 @@ INSTEAD = {
     "python -m benchmarks.real_faces /path/to/dataset_100 schedule.steps=1900": "{} --help",
     "python benchmarks/flip_pairs.py": "mode=debug {} schedule.steps=2",  # trains in one process, which starts sooner
     "python -m train.benchmark --config train/configs/demo.yaml --drawn-data --compare plain": "{} --steps 1 --warm-up 1",
-    "benchmarks/gpu.sh": "RUNS='demo none 2 zero1 yes' STEPS=1 SIZE=32,24 FACES=8 {}",
+    "benchmarks/gpu.sh": "{} --help",  # tests/test_benchmark.py runs it
     "python -m benchmarks.recomputation": "{} --arch tiny --size 64 32",
     "python -m benchmarks.memory": "{} --archs tiny tiny2 --size 64 32",
     "python -m train.doctor --config train/configs/face_1b.yaml load_from=sapiens_1b_epoch_173_clean.pth "
@@ -157,7 +157,7 @@ def literal(command: str, folder: Path) -> str:
     return INSTEAD.get(command, "{}").replace("{}", command).replace("/path/to/", f"{folder}/path/to/")
 
 
-def run(command: list[str], folder: Path, seconds: float, **environment: str) -> tuple[int | None, str]:
+def run(command: list[str], folder: Path, **environment: str) -> tuple[int | None, str]:
     """Exit code (None: it was late, and ended with all that it started) and output."""
     # The commands' `python` is this one. One thread each: as many as cores would wait for each other.
     everything = {**train_environment(), "OMP_NUM_THREADS": "1", **environment}
@@ -169,7 +169,7 @@ def run(command: list[str], folder: Path, seconds: float, **environment: str) ->
             stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
         )  # fmt: skip
     try:
-        return process.wait(seconds), output.read_text()
+        return process.wait(PATIENCE), output.read_text()
     except subprocess.TimeoutExpired:
         return None, output.read_text()
     finally:  # also when pytest's own time is over

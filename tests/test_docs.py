@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> Path:
 def follow(folder: Path, page: str, chosen: list[str]) -> None:
     """Run commands one after the other."""
     for command in chosen:
-        code, output = run(["bash", "-euo", "pipefail", "-c", literal(command, folder)], folder, seconds=240)
+        code, output = run(["bash", "-euo", "pipefail", "-c", literal(command, folder)], folder)
         assert code == 0, f"{page}: exit code {code} of\n{command}\n\n{output[-6000:]}"
 
 

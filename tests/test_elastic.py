@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,15 +29,18 @@ OFFLOADED = {
 
 
 @pytest.fixture(scope="module")
-def saved(shards, tmp_path_factory) -> dict[int | str, Run]:
+def saved(shards, once) -> dict[int | str, Run]:
     """The whole run at each stage, in two processes; and in bf16 at 10 + stage."""
-    folder = tmp_path_factory.mktemp("saved")
     stages = (*STAGES, "2_offload", "3_offload")
-    jobs = {s: experiment(shards, folder / str(s), *SETTINGS, zero(s, folder)) for s in stages}
-    for s in STAGES:
-        jobs[10 + s] = experiment(shards, folder / str(10 + s), *SETTINGS, zero(s, folder), "precision=bf16")
-    runs = recorded_runs({str(name): job for name, job in jobs.items()}, folder, processes=2)
-    return {name: runs[str(name)] for name in jobs}
+
+    def make(folder: Path) -> None:
+        jobs = {str(s): experiment(shards, folder / str(s), *SETTINGS, zero(s, folder)) for s in stages}
+        for s in STAGES:
+            jobs[str(10 + s)] = experiment(shards, folder / str(10 + s), *SETTINGS, zero(s, folder), "precision=bf16")
+        recorded_runs(jobs, folder, processes=2)
+
+    folder = once("saved", make)
+    return {name: Run(0, "", folder / str(name)) for name in (*stages, *(10 + s for s in STAGES))}
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -11,15 +11,15 @@ from model.weight_files import read_weights
 from tests.conftest import PATIENCE, ROOT, Run, experiment, train_environment, zero
 
 SETTINGS = [
-    "global_batch_size=12", "micro_batch_size=1", "schedule.steps=60", "checkpoint.every_steps=2", "evaluate.every_steps=3",
+    "global_batch_size=12", "schedule.steps=60", "checkpoint.every_steps=2", "evaluate.every_steps=3",
     "evaluate.pictures=0", "data.workers=1", "ema.decay=0.9", "augment.photometric=true", "model.dropout=0.1",
     "optimizer.lr=1e-3",  # the more is learnt, the farther apart what other worlds round otherwise
 ]  # fmt: skip
 
 
-def killed_run(shards: Path, folder: Path, worlds: list[int], kills: int, stage: int) -> tuple[Run, list[dict]]:
+def killed_run(shards: Path, folder: Path, worlds: list[int], kills: int, stage: int, micro: int) -> tuple[Run, list[dict]]:
     folder.mkdir()
-    job = experiment(shards, folder / "run", *SETTINGS, zero(stage, folder))
+    job = experiment(shards, folder / "run", *SETTINGS, f"micro_batch_size={micro}", zero(stage, folder))
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"job": job, "worlds": worlds, "kills": kills, "seed": 0}))
     done = subprocess.run(
@@ -46,10 +46,10 @@ def batches(folder: Path) -> dict[int, set[tuple[str, ...]]]:
     return found
 
 
-@pytest.mark.parametrize(("worlds", "stage"), [([2], 3), ([1, 3, 2, 4], 1)])
-def test_kills_change_nothing(shards, tmp_path, worlds, stage):
-    whole, _ = killed_run(shards, tmp_path / "whole", worlds[:1], 0, stage)
-    killed, kills = killed_run(shards, tmp_path / "killed", worlds, 20, stage)
+@pytest.mark.parametrize(("worlds", "stage", "micro"), [([2], 3, 3), ([1, 3, 2, 4], 1, 1)])
+def test_kills_change_nothing(shards, tmp_path, worlds, stage, micro):
+    whole, _ = killed_run(shards, tmp_path / "whole", worlds[:1], 0, stage, micro)
+    killed, kills = killed_run(shards, tmp_path / "killed", worlds, 20, stage, micro)
     print(kills)
     assert len(kills) == 20
     for where in ("saving", "evaluation"):  # a save of these few weights may be over before the signal is there

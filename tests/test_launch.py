@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import PATIENCE, ROOT, SMALL, python, wait_for_step
+from tests.conftest import PATIENCE, ROOT, SMALL, allowed, python, wait_for_step
 from train.interrupt import INTERRUPTED
 
 started: list[subprocess.Popen] = []
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_ends_everything(shards, tmp_path, name):
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "once more ends it at once" in output, output
     assert "stops after step" in output and list((tmp_path / "checkpoints").glob("step_*/run.json"))
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
 
 
@@ -123,7 +123,7 @@ def test_a_signal_to_the_launcher_too_is_waited_out(shards, tmp_path, whom, name
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "stops after step" in output, output
     assert list((tmp_path / "checkpoints").glob("step_*/run.json"))
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_dies_is_no_success(shards, tmp_path):
     family = psutil.Process(process.pid).children(recursive=True)
     for one in family:
         one.kill()
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=allowed(40))
     assert process.returncode not in (0, INTERRUPTED), output
 
 
@@ -171,7 +171,7 @@ def test_a_second_signal_ends_it_at_once(shards, tmp_path):
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):
             rank.resume()
-    process.communicate(timeout=30)
+    process.communicate(timeout=allowed(30))
     assert process.returncode not in (0, INTERRUPTED)
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive

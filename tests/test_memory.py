@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,25 +44,31 @@ def settings_of(stage: str, bucket: int, folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> dict[Case, tuple[list[str], dict[str, int]]]:
+def runs(shards, once) -> dict[Case, tuple[list[str], dict[str, int]]]:
     """Of each case the experiment and what rank 0 measured."""
-    folder = tmp_path_factory.mktemp("memory")
-    jobs = {
-        case: experiment(
-            shards, folder / str(i), settings_of(stage, bucket, folder), f"precision={precision}", "micro_batch_size=2",
-            f"model.image_size=[{side},{side}]", "schedule.steps=4", "log_every=100", "data.workers=0", "data.val=null",
-            "ema.decay=0.9",
-        )
-        for i, case in enumerate(CASES)
-        for stage, precision, bucket, _, side in [case]
-    }  # fmt: skip
-    for processes in (1, 2):
-        path = folder / f"{processes}.json"
-        path.write_text(json.dumps({str(case): job for case, job in jobs.items() if case[3] == processes}))
-        command = [sys.executable, "-m", "tests.measured_run", str(path), str(processes)]
-        done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=PATIENCE, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return {case: (jobs[case], json.loads((folder / str(i) / "memory.json").read_text())) for i, case in enumerate(CASES)}
+
+    def jobs(folder: Path) -> dict[Case, list[str]]:
+        return {
+            case: experiment(
+                shards, folder / str(i), settings_of(stage, bucket, folder), f"precision={precision}", "micro_batch_size=2",
+                f"model.image_size=[{side},{side}]", "schedule.steps=4", "log_every=100", "data.workers=0", "data.val=null",
+                "ema.decay=0.9",
+            )
+            for i, case in enumerate(CASES)
+            for stage, precision, bucket, _, side in [case]
+        }  # fmt: skip
+
+    def make(folder: Path) -> None:
+        for processes in (1, 2):
+            path = folder / f"{processes}.json"
+            path.write_text(json.dumps({str(case): job for case, job in jobs(folder).items() if case[3] == processes}))
+            command = [sys.executable, "-m", "tests.measured_run", str(path), str(processes)]
+            done = subprocess.run(command, cwd=ROOT, env=train_environment(), timeout=PATIENCE, text=True, capture_output=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    folder = once("memory", make)
+    measured = {case: json.loads((folder / str(i) / "memory.json").read_text()) for i, case in enumerate(CASES)}
+    return {case: (job, measured[case]) for case, job in jobs(folder).items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

@@ -1,6 +1,7 @@
 """Every ZeRO stage, precision and accumulation: gradients, losses and learning rates of one plain PyTorch loop."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,19 +34,23 @@ def plain(shards) -> Plain:
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> dict[tuple, Run]:
-    folder, found = tmp_path_factory.mktemp("stages"), {}
-    for alike in {case[1:3] for case in CASES}:
-        cases = {"-".join(map(str, case)): case for case in CASES if case[1:3] == alike}
-        jobs = {
-            name: experiment(
-                shards, folder / name, *SETTINGS, zero(stage, folder), f"precision={precision}", f"micro_batch_size={micro}",
-                f"model.recompute={what}",
-            )
-            for name, (stage, precision, _, micro, what) in cases.items()
-        }  # fmt: skip
-        found |= {cases[name]: run for name, run in recorded_runs(jobs, folder, alike[1]).items()}
-    return found
+def runs(shards, once) -> dict[tuple, Run]:
+    names = {case: "-".join(map(str, case)) for case in CASES}
+
+    def make(folder: Path) -> None:
+        for alike in {case[1:3] for case in CASES}:
+            jobs = {
+                names[case]: experiment(
+                    shards, folder / names[case], *SETTINGS, zero(stage, folder), f"precision={precision}",
+                    f"micro_batch_size={micro}", f"model.recompute={what}",
+                )
+                for case in CASES if case[1:3] == alike
+                for stage, precision, _, micro, what in [case]
+            }  # fmt: skip
+            recorded_runs(jobs, folder, alike[1])
+
+    folder = once("stages", make)
+    return {case: Run(0, "", folder / name) for case, name in names.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
+from tests.conftest import PATIENCE, ROOT, allowed, experiment, launched, train_environment
 from tests.test_interrupt import LONG, Started
 from train.clock import StepClock
 from train.interrupt import INTERRUPTED
@@ -29,7 +29,7 @@ def slow_run(shards: Path, folder: Path, *settings: str, phase: str, seconds: fl
 def test_a_rank_that_sleeps_is_named_and_the_run_ends(shards, tmp_path, phase):
     settings = [*LONG, "guard.hang_minutes=0.1"]
     code, output, seconds = slow_run(shards, tmp_path / "run", *settings, phase=phase, seconds=1000, first=4)
-    assert code not in (0, INTERRUPTED) and seconds < 40, output
+    assert code not in (0, INTERRUPTED) and seconds < allowed(40), output
     told = (tmp_path / "run" / "log.txt").read_text()
     for text in (output, told):
         assert "no progress for " in text and "rank 1 on " in text
@@ -45,7 +45,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(shards, tmp_path):
     try:
         run.ranks[0].suspend()
         # DeepSpeed's launcher gives a process that cannot hear SIGTERM 30 s.
-        assert run.code(80) not in (0, INTERRUPTED) and run.all_gone(5)
+        assert run.code(allowed(80)) not in (0, INTERRUPTED) and run.all_gone(30)
         assert "rank 0 tells nothing and is waited for" in run.output
     finally:
         run.end()

@@ -23,7 +23,7 @@ def world(tmp_path) -> Path:
     """With the faces packed, and not trained."""
     make_world(tmp_path)
     packing = "python -m data.build_shards --dataset facesynthetics --root path/to/dataset_100 --out shards/face"
-    code, output = run(["bash", "-c", packing], tmp_path, 60)
+    code, output = run(["bash", "-c", packing], tmp_path)
     assert code == 0, output
     return tmp_path
 
@@ -41,7 +41,7 @@ def test_those_of_two_hosts(hosts, world):
     for command in of_page("HOSTFILE="):
         shutil.rmtree(world / "outputs", ignore_errors=True)  # else the second training would have nothing to do
         words = ["bash", "-c", command.replace("worker-3", hosts.addresses[1])]
-        code, output = run(hosts.command(0, *words), world, 200, **VARIABLES, **hosts.environment)
+        code, output = run(hosts.command(0, *words), world, **VARIABLES, **hosts.environment)
         assert code == 0, f"{command}\n{output}"
         if "multinode.sh" in command:
             assert f"{1 if 'EXCLUDE' in command else 2} x cpu" in output, output
@@ -52,7 +52,7 @@ def test_those_of_two_hosts(hosts, world):
 def test_those_of_slurm(slurm, world, start):
     slurm.run("scontrol", "update", "PartitionName=main", "MaxTime=2-0")
     for command in of_page(start):
-        code, output = run(["bash", "-c", command], world, 120, **VARIABLES, **slurm.environment)
+        code, output = run(["bash", "-c", command], world, **VARIABLES, **slurm.environment)
         assert code == 0, f"{command}\n{output}"
         jobs = re.findall(r"^job (\d+)", output, re.MULTILINE)
         assert jobs or "--dry-run" in command, output

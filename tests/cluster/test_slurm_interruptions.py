@@ -1,6 +1,5 @@
 """Interruptions of a Slurm job: the run goes on by itself, and is the run that was left in peace."""
 
-import fcntl
 import re
 from pathlib import Path
 
@@ -32,19 +31,13 @@ def preempted(slurm: Slurm, job: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def undisturbed(slurm, shards, tmp_path_factory):
-    """The folder of an undisturbed run at a ZeRO stage. One is enough for all of pytest's workers."""
-    folder = tmp_path_factory.getbasetemp().parent / "undisturbed"
-    folder.mkdir(exist_ok=True)
+def undisturbed(slurm, shards, once):
+    """The folder of an undisturbed run at a ZeRO stage."""
 
     def run(stage: int) -> Path:
-        output, done = folder / str(stage), folder / f"{stage}_done"
-        with (folder / f"{stage}_lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                slurm.wait(submit(slurm, output, *settings(shards, stage)), "COMPLETED")
-                done.touch()
-        return output
+        return once(
+            f"undisturbed_{stage}", lambda folder: slurm.wait(submit(slurm, folder, *settings(shards, stage)), "COMPLETED")
+        )
 
     return run
 
