@@ -89,7 +89,7 @@ def test_all_save_at_the_same_step_and_the_same_command_goes_on(shards, start, h
     else:
         os.kill(run.ranks[1].pid, getattr(signal, how))
     assert run.code(PATIENCE) == INTERRUPTED, run.output
-    assert run.all_gone(30)
+    assert run.all_gone(allowed(5))
     step = saved_step(run.folder)
     assert f"stops after step {step}: " in run.output and "Traceback" not in run.output
     assert not (run.folder / "stop").exists() and not (run.folder / "model.safetensors").exists()
@@ -109,7 +109,7 @@ def test_a_second_signal_ends_it_at_once(start):
     psutil.wait_procs(run.ranks[:1], timeout=allowed(20))  # not for the other, which would be for ever
     assert not run.ranks[0].is_running() or run.ranks[0].status() == psutil.STATUS_ZOMBIE
     run.ranks[1].resume()
-    assert run.code(allowed(30)) not in (0, INTERRUPTED) and run.all_gone(30)
+    assert run.code(allowed(30)) not in (0, INTERRUPTED) and run.all_gone(allowed(5))
     assert not list((run.folder / "checkpoints").glob("step_*"))
 
 
@@ -117,7 +117,7 @@ def test_a_second_signal_ends_it_at_once(start):
 def test_a_rank_that_is_killed_ends_the_run(start, whom):
     run = start()
     run.ranks[whom].kill()
-    assert run.code(allowed(30)) != 0 and run.all_gone(30)
+    assert run.code(allowed(30)) != 0 and run.all_gone(allowed(5))
     log = (run.folder / "log.txt").read_text()
     assert "another process of the run has ended" in log + run.output, run.output
 
@@ -150,7 +150,7 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_allowed(start):
     assert not run.ranks[0].is_running() or run.ranks[0].status() == psutil.STATUS_ZOMBIE
     assert "timed out" in run.output.lower() or "timeout" in run.output.lower(), run.output
     run.ranks[1].resume()
-    assert run.code(allowed(40)) != 0 and run.all_gone(30)
+    assert run.code(allowed(40)) != 0 and run.all_gone(allowed(5))
 
 
 @pytest.mark.parametrize("whom", ["runner", "launcher"])

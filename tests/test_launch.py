@@ -108,7 +108,7 @@ def test_a_signal_saves_and_ends_everything(shards, tmp_path, name):
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "once more ends it at once" in output, output
     assert "stops after step" in output and list((tmp_path / "checkpoints").glob("step_*/run.json"))
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=allowed(5))
     assert not alive
 
 
@@ -123,7 +123,7 @@ def test_a_signal_to_the_launcher_too_is_waited_out(shards, tmp_path, whom, name
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and "stops after step" in output, output
     assert list((tmp_path / "checkpoints").glob("step_*/run.json"))
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=allowed(5))
     assert not alive
 
 
@@ -173,5 +173,5 @@ def test_a_second_signal_ends_it_at_once(shards, tmp_path):
             rank.resume()
     process.communicate(timeout=allowed(30))
     assert process.returncode not in (0, INTERRUPTED)
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=allowed(5))
     assert not alive

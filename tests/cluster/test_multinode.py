@@ -85,15 +85,15 @@ def test_two_hosts_train(start, hosts, tmp_path):
     assert f"step {STEPS}/{STEPS}" in (run.folder / "ranks/rank_0.txt").read_text()
     given = (run.folder / "environment_3.txt").read_text()
     assert "MY_NAME=a b\n'c'\n" in given and "NOT_MINE" not in given
-    assert run.nothing_is_left(SECONDS), run.left()
+    assert run.nothing_is_left(allowed(5)), run.left()
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(start):
     run = start("schedule.steps=100000")
     until((run.folder / "metrics.jsonl").exists, "it does not train")
     run.process.send_signal(signal.SIGTERM)
-    assert run.code(PATIENCE) == INTERRUPTED and "once more ends it at once" in run.output, run.output
-    assert "stops after step" in run.output and run.nothing_is_left(SECONDS), run.left()
+    assert run.code(allowed(SECONDS)) == INTERRUPTED and "once more ends it at once" in run.output, run.output
+    assert "stops after step" in run.output and run.nothing_is_left(allowed(5)), run.left()
     step = int(next((run.folder / "checkpoints").glob("step_*")).name.removeprefix("step_"))
     again = start(f"schedule.steps={step + 2}", INCLUDE=run.hosts.addresses[1])  # and on another number of hosts
     assert again.code(PATIENCE) == 0 and f"resumed at step {step}" in again.output, again.output
