@@ -8,6 +8,7 @@ from data.labels import LabelSet, load_label_set
 from tests.model_cases import EXPECTED2, arrays, build_golden2, write_segmentation2
 from train import TrainError
 from train.loss import PixelLoss, class_weights
+from train.memory import PeakTracker
 
 LABELS = LabelSet("three", ("a", "b", "c"), ((0, 0, 0),) * 3, ())
 
@@ -75,6 +76,44 @@ def test_a_batch_without_a_valid_pixel_teaches_nothing():
     value = loss.share(logits, labels, loss.totals(counts(labels)))
     value.backward()
     assert value == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 3 * 16 * 12, 2**24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("some_labelled", [False, True])
+def test_a_few_images_at_a_time_are_all_at_once(monkeypatch, at_once, dtype, some_labelled):
+    """Loss, gradient and the classes' sums are those of the whole batch through autograd."""
+    monkeypatch.setattr("train.loss.AT_ONCE", at_once)
+    logits, labels = drawn(5)
+    labelled = None
+    if some_labelled:
+        labelled = torch.ones(5, 3, dtype=torch.bool)
+        labelled[2, 1], labels[2][labels[2] == 1] = False, 0
+    loss = PixelLoss(torch.tensor([0.2, 3.0, 1.0]), LABELS, 0.1, 0.7)
+    totals = loss.totals(counts(labels))
+    ours, plain = (logits.to(dtype).requires_grad_() for _ in range(2))
+    sums, expected_sums = (torch.zeros(3, dtype=torch.float64) for _ in range(2))
+    value = loss.share(ours, labels, totals, labelled, sums)
+    expected = loss._share(plain.float(), labels, totals, labelled, expected_sums)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(sums, expected_sums)
+    (value * 3).backward()
+    (expected * 3).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-8, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+    with torch.no_grad():
+        assert loss.share(ours, labels, totals, labelled).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_more_images_take_no_more_memory_at_the_labels_size(monkeypatch):
+    monkeypatch.setattr("train.loss.AT_ONCE", 3 * 64 * 48)
+    peaks = []
+    for images in (2, 12):
+        logits, labels = torch.zeros(images, 3, 8, 6, requires_grad=True), torch.zeros(images, 64, 48, dtype=torch.uint8)
+        loss = PixelLoss(torch.ones(3), LABELS)
+        with PeakTracker([logits, labels]) as tracker:
+            loss.share(logits, labels, (1.0, 1.0)).backward()
+        peaks.append(tracker.peak)
+    assert peaks[1] - peaks[0] < 10 * 4 * 3 * 8 * 6 * 4  # some copies at the logits' own size
 
 
 def dice_only(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Cross-entropy and Dice as means over the whole global batch, not means of means."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from train import TrainError
 
 UNSEEN = -1e4  # a logit that takes no part in a softmax; finite, for resizing would make NaN of infinities
 DICE_SMOOTH = 1e-3  # in pixels, as in Sapiens2
+AT_ONCE = 2**24  # logits at the labels' size, in fp32: 64 MB, of which there are three while a loss is computed
 
 
 def class_weights(setting: str | list[float], pixel_counts: np.ndarray, label_set: LabelSet) -> torch.Tensor:
@@ -93,14 +94,35 @@ class PixelLoss:
     ) -> torch.Tensor:
         """These images' share of the loss of the global batch that has these `totals`: a scalar, computed in fp32.
 
+        A few images at a time, the gradient together with the loss: logits at the labels' size are as large as what many
+        blocks keep, and no more than AT_ONCE of them are held, whatever the batch.
+
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).
             labelled: bool (B, C), the classes that each image's masks can show; the others take no part. None: all.
             class_sums: float64 (C,), to which the cross-entropies of each class's pixels are added, as they are without
                 weights and smoothing: to be shown.
         """
+        few = max(1, AT_ONCE // (logits.shape[1] * labels[0].numel()))
+        parts = [slice(i, i + few) for i in range(0, len(logits), few)]
+
+        def of_part(part: slice, some: torch.Tensor) -> torch.Tensor:
+            return self._share(some, labels[part], totals, None if labelled is None else labelled[part], class_sums)
+
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return _PartByPart.apply(logits, parts, of_part)
+        return sum(of_part(part, logits[part].float()) for part in parts)
+
+    def _share(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        totals: Sequence[float],
+        labelled: torch.Tensor | None,
+        class_sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`share` of all these images at once; logits in fp32."""
         weight, images = totals
-        logits = logits.float()
         if labelled is not None:
             logits = logits.masked_fill(~labelled[:, :, None, None], UNSEEN)
         if logits.shape[-2:] != labels.shape[-2:]:
@@ -120,6 +142,32 @@ class PixelLoss:
         if self.dice:
             loss = loss + self.dice * dice_losses(log_p, labels, ignore).sum() / (images or 1.0)
         return loss
+
+
+class _PartByPart(torch.autograd.Function):
+    """The sum of a function of each part of the logits, whose gradient is known with it: nothing that a part needs on the way
+    is left when the next one begins, and nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx, logits: torch.Tensor, parts: list[slice], function: Callable[[slice, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        gradients = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        total = torch.zeros((), device=logits.device)
+        for part in parts:
+            with torch.enable_grad():
+                some = logits[part].detach().float().requires_grad_()
+                value = function(part, some)
+            (gradients[part],) = torch.autograd.grad(value, some)
+            total += value.detach()
+        ctx.save_for_backward(gradients)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * gradient).to(ctx.dtype), None, None
 
 
 def dice_losses(log_p: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
