@@ -6,7 +6,7 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, RotaryEmbeddingDinoV3, build_sincos2d_pos_embed
+from timm.layers import AttentionRope, DropPath, RotaryEmbeddingDinoV3, apply_rot_embed_cat, build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -73,6 +73,28 @@ class Bf16Rope(RotaryEmbeddingDinoV3):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class GroupedAttention(AttentionRope):
+    """Sapiens2's, of its middle blocks, where two heads of queries share one of keys and values. timm's repeats those for the
+    second head, and keeps them so for the backward pass; here the kernels do without. The result is the same to the bit.
+    """
+
+    def forward(self, x: Tensor, rope: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """x (B, N, E), rope (N less the prefix tokens, 2 * head_dim): sines and cosines -> (B, N, E)."""
+        assert attn_mask is None and not is_causal, "every token sees all others"
+        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._turned(self.q_norm(q), rope).type_as(v), self._turned(self.k_norm(k), rope).type_as(v)
+        repeats = x.is_cuda and v.dtype == torch.float32  # no kernel there that would not hold all N x N weights
+        if repeats:
+            k, v = (tensor.repeat_interleave(self.num_kv_groups, dim=1) for tensor in (k, v))
+        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=not repeats)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
+        """(B, heads, N, head_dim), all but the prefix tokens turned by their places."""
+        prefix, patches = x.split([self.num_prefix_tokens, x.shape[2] - self.num_prefix_tokens], dim=2)
+        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2)
+
+
 def build_backbone(
     arch: Arch, image_size: tuple[int, int], patch_padding: int, rope_precision: str, drop_path: float
 ) -> nn.Module:
@@ -88,6 +110,11 @@ def build_backbone(
     options = {} if arch.family == "timm" else _sapiens2_options(arch)
     model = timm.create_model(arch.timm_name, img_size=image_size, drop_path_rate=drop_path, **FEATURES, **options)
     model.__class__ = type(type(model).__name__, (FeatureMap, type(model)), {})
+    _hold_still(model)
+    if arch.family == "sapiens2":
+        for block in model.blocks:
+            if block.attn.num_kv_groups > 1:
+                block.attn.__class__ = GroupedAttention
     if arch.family == "sapiens2" and rope_precision == "bf16":
         model.rope = Bf16Rope(arch.embed_dim // arch.num_heads, temperature=100.0)
         for block in model.blocks:  # the original rounds queries and keys, the class token's too, before it turns them
@@ -105,12 +132,20 @@ def _sapiens2_options(arch: Arch) -> dict:
         "num_heads": arch.num_heads,
         "mlp_ratio": arch.mlp_ratio,
         "num_kv_heads": tuple(half if 8 <= i < arch.depth - 8 else arch.num_heads for i in range(arch.depth)),
-        "rope_rescale_coords": None,  # timm's default changes the grid at random in training; the original does not
     }
 
 
 def _round_to_bf16(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.bfloat16()
+
+
+def _hold_still(model: nn.Module) -> None:
+    """timm's RoPE moves its grid in training, by numbers of the device's running state. The originals do not, and a run would
+    be another one after a restart. Its creation takes no None for that."""
+    for module in model.modules():
+        if hasattr(module, "rescale_coords"):
+            module.shift_coords = module.jitter_coords = module.rescale_coords = None
+            module.aug_active = False
 
 
 class SampleDropPath(nn.Module):

@@ -1,13 +1,17 @@
 """What the backbones have beyond the originals: other sizes, stochastic depth, any plain vision transformer of timm's."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import AttentionRope
 
-from model.archs import get_arch
+from model.archs import Arch, get_arch
+from model.backbone import GroupedAttention
 from model.recompute import recompute
 from model.segmenter import Segmenter, build_segmenter, full_size_logits, layer_id, normalize
 from model.weight_files import save_safetensors
@@ -64,6 +68,39 @@ def test_every_parameter_learns_and_has_a_layer(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
     layers = {layer_id(key, model.arch.depth) for key, _ in model.named_parameters()}
     assert layers == set(range(model.arch.depth + 2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_queries_are_those_of_repeated_keys(precision, dtype):
+    arch = Arch("grouped", "sapiens2", 96, 18, 4, 8, (16, 16, 16), (16,), "vit_base_patch16_sapiens2")
+    torch.manual_seed(0)
+    ours = Segmenter(arch, 5, SIZE, rope_precision=precision).to(dtype).eval()
+    timms = deepcopy(ours)
+    grouped = [block.attn for block in timms.backbone.blocks if isinstance(block.attn, GroupedAttention)]
+    assert len(grouped) == 2  # all but the first and last eight
+    for attention in grouped:
+        attention.__class__ = AttentionRope
+    images, outputs = draw(2, 3, *SIZE), []
+    for model in (ours, timms):
+        outputs.append(model(images))
+        outputs[-1].float().square().sum().backward()
+    assert torch.equal(*outputs)
+    for (name, one), other in zip(ours.named_parameters(), timms.parameters(), strict=True):
+        if one.ndim > 1:  # of the others some are rounding noise
+            rounding = 1e-5 if (dtype, precision) == (torch.float32, "fp32") else 2e-2
+            assert (one.grad - other.grad).abs().max() <= rounding * other.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["tiny2", "timm:vit_small_patch16_dinov3"])
+def test_nothing_in_training_is_drawn_from_the_running_state(name):
+    """timm's RoPE would move its grid."""
+    model = build_segmenter(name, 5, SIZE, rope_precision="fp32", dropout=0.1, drop_path=0.1).train()
+    images, seeds = draw(2, 3, *SIZE), torch.arange(2)
+    assert torch.equal(model(images, seeds), model(images, seeds))
+    pixels, size = normalize(images), {"embed_dim": 96, "depth": 1, "num_heads": 3, "num_kv_heads": 3}
+    timms = timm.create_model("vit_base_patch16_sapiens2", num_classes=0, dynamic_img_size=True, **size).train()
+    assert not torch.equal(timms(pixels), timms(pixels))  # else this test could not fail
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny2"])

@@ -18,7 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.archs import ARCHS, Arch
+from model.backbone import GroupedAttention
 from model.export import ENDINGS, compare, export, main
+from model.programs import write_pt2, write_torchscript
 from model.segmenter import Segmenter
 from model.trained import load_segmenter
 from model.weight_files import META, read_metadata, read_weights, save_safetensors
@@ -70,6 +72,17 @@ def test_every_format_gives_the_logits_of_the_engine_that_trained(trained, forma
     if format == "torchscript":  # else it could not be moved to a GPU
         assert 'value="cpu"' not in str(run.inlined_graph)
     assert not [file for file in trained.parent.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("write", [write_torchscript, write_pt2])  # ONNX is made of the latter
+@torch.no_grad()
+def test_grouped_queries_go_into_a_program(write, tmp_path):
+    torch.manual_seed(0)
+    model = Segmenter(Arch("grouped", "sapiens2", 32, 17, 4, 8, (8,), (8,), "vit_base_patch16_sapiens2"), 5, SIZE).eval()
+    assert isinstance(model.backbone.blocks[8].attn, GroupedAttention)
+    photo = images(1, SIZE).float()
+    run, expected = write(model, {}, tmp_path / "model.pt2"), model(photo)
+    assert (run(photo) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def build_rounding() -> tuple[Arch, Segmenter]:
