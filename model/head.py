@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.archs import Arch
 from model.recompute import keep_inputs
@@ -34,6 +35,49 @@ class SampleDropout2d(nn.Module):
         return f"p={self.p}"
 
 
+class NormKeptByOutput(torch.autograd.Function):
+    """An instance norm without parameters, which keeps its output for the backward pass instead of its input: an activation
+    behind it keeps that as well, so that of both only one tensor is kept. The kernels are PyTorch's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        """x (B, C, H, W)."""
+        flat = x.reshape(1, -1, *x.shape[2:])  # a batch norm of one image with B * C channels
+        normed, _, scales = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)  # one over the deviations
+        ctx.save_for_backward(normed, scales)
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        normed, scales = ctx.saved_tensors
+        # Of a norm with the weights `scales`, whose input had the mean 0 and the deviation 1 already.
+        zeros, ones = torch.zeros_like(scales), torch.ones_like(scales)
+        inputs, *_ = torch.ops.aten.native_batch_norm_backward(
+            gradient.reshape(normed.shape), normed, scales, None, None, zeros, ones, True, 0.0, [True, False, False]
+        )
+        return inputs.view(gradient.shape), None
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """PyTorch's, but that it keeps its output for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return NormKeptByOutput.apply(x, self.eps) if self.training else super().forward(x)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution, computed as the matrix product that it is: kernels for convolutions bring its input and output into
+    another order and back, which is more work than a pass over them."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 class DeconvHead(nn.Module):
     """Features (B, embed_dim, h, w) -> logits (B, num_classes, s * h, s * w), s = 2 to the number of transposed convolutions:
     8 for Sapiens v1, 16 for Sapiens2.
@@ -44,21 +88,21 @@ class DeconvHead(nn.Module):
 
     def __init__(self, arch: Arch, num_classes: int, dropout: float) -> None:
         super().__init__()
-        self.recomputes = False  # keeps one tensor a stage for the backward pass instead of three: model.recompute
+        self.recomputes = False  # keeps one tensor a stage for the backward pass instead of two: model.recompute
         channels = arch.embed_dim
         deconv: list[nn.Module] = []
         for width in arch.head_deconv:
             upsample = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1, bias=False)
-            deconv += [upsample, nn.InstanceNorm2d(width), nn.SiLU()]
+            deconv += [upsample, InstanceNorm2d(width), nn.SiLU()]
             channels = width
         conv: list[nn.Module] = []
         for width in arch.head_conv:
-            conv += [nn.Conv2d(channels, width, kernel_size=1), nn.InstanceNorm2d(width), nn.SiLU()]
+            conv += [PointwiseConv2d(channels, width), InstanceNorm2d(width), nn.SiLU()]
             channels = width
         self.deconv_layers = nn.Sequential(*deconv)
         self.conv_layers = nn.Sequential(*conv)
         self.dropout = SampleDropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.conv_seg = PointwiseConv2d(channels, num_classes)
         self.reset_classifier()
 
     def reset_classifier(self) -> None:

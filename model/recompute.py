@@ -23,7 +23,8 @@ def keep_inputs(function: Callable[..., Tensor], *inputs: object) -> Tensor:
         return function(*inputs)
     if _measured is not None:
         _measured.extend(value for value in inputs if isinstance(value, Tensor))
-    return checkpoint(function, *inputs, use_reentrant=False)
+    # Nothing that is recomputed draws from the device's running state, which would have to be read each time.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Recomputed:

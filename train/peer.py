@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch
+from model.backbone import GroupedAttention
+from model.head import InstanceNorm2d, PointwiseConv2d
 from model.segmenter import Segmenter, has_weight_decay, normalize
 from train.clock import StepClock
 from train.config import Config
@@ -14,7 +16,8 @@ from train.engine import Job
 
 
 class Plain:
-    """timm's backbone and the head in eager PyTorch with autocast, and fused AdamW; begins with the weights that `model` has.
+    """timm's backbone and the head of PyTorch's own modules, eager, with autocast, and fused AdamW; begins with the weights that
+    `model` has.
 
     All its blocks are recomputed if the experiment recomputes any: else it would not fit where the experiment does. Its loss
     is the mean over each micro batch's valid pixels, weighted by class.
@@ -26,6 +29,9 @@ class Plain:
         self.backbone.set_grad_checkpointing(config.model.recompute not in ("none", "head"))
         dropout = nn.Dropout2d(config.model.dropout)
         self.head = nn.Sequential(*head.deconv_layers, *head.conv_layers, dropout, head.conv_seg).to(job.device).train()
+        for module in [*self.backbone.modules(), *self.head.modules()]:
+            if isinstance(module, GroupedAttention | InstanceNorm2d | PointwiseConv2d):  # as they are without this repository
+                module.__class__ = type(module).__base__
         named = [*self.backbone.named_parameters(), *self.head.named_parameters()]
         self.parameters = [parameter for _, parameter in named]
         wanted = config.optimizer
