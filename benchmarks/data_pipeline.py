@@ -3,7 +3,8 @@
     python -m benchmarks.data_pipeline [--root FOLDER] [--seconds N]
 
 The usual pipeline: webdataset, Pillow, the original's augmentation (reference_pipeline.py) and a torch DataLoader, on
-images as they were downloaded. Both sides have one worker, and their processor time is that of all processes.
+images as they were downloaded. Both sides have one worker, and their processor time is that of all processes. "on device" is what
+the loader takes with `augment.on_device`: the views themselves would then be made by the training device, and are not made here.
 """
 
 import argparse
@@ -84,11 +85,15 @@ def build(raw: str, name: str, options: list[str]) -> Path:
     return out / "train"
 
 
-def our_batches(folder: Path) -> Iterator[torch.Tensor]:
+def our_batches(folder: Path, on_device: bool = False) -> Iterator[torch.Tensor]:
     mixture = Mixture.open([MixtureEntry(path=str(folder))])
-    examples = TrainExamples(mixture, mixture.order(seed=0), SIZE, AugmentConfig())
+    examples = TrainExamples(mixture, mixture.order(seed=0), SIZE, AugmentConfig(on_device=on_device))
     for (batch,) in train_batches(examples, BatchPlan(BATCH, BATCH, 0, 1), 0, 1 << 20, workers=1):
         yield batch.images
+
+
+def our_patches(folder: Path) -> Iterator[torch.Tensor]:
+    return our_batches(folder, on_device=True)
 
 
 def usual_batches(folder: Path) -> Iterator[torch.Tensor]:
@@ -161,15 +166,15 @@ def steps(folder: Path, count: int = 100) -> tuple[float, float, float]:
 
 def print_costs(folders: dict[str, Path], seconds: float) -> None:
     print(f"\nCPU ms an image of {SIZE[0]}x{SIZE[1]}, one worker")
-    print(f"{'':30}    kB   usual   ours  ratio  wanted | decode  view  (ours, without the loader)")
+    print(f"{'':30}    kB   usual   ours  ratio  wanted  on device | decode  view  (ours, without the loader)")
     for title, _, _, usual, wanted in ROWS:
-        times = {our_batches: [], usual_batches: []}
-        for _ in range(2):  # in turns: the machine's pace changes
-            times[our_batches].append(cost(our_batches, folders[title], seconds))
-            times[usual_batches].append(cost(usual_batches, folders[usual], seconds))
-        ours, theirs = (float(np.mean(times[side])) for side in (our_batches, usual_batches))
+        sides = {our_batches: title, usual_batches: usual, our_patches: title}
+        # In turns: the machine's pace changes.
+        times = [[cost(side, folders[name], seconds) for side, name in sides.items()] for _ in range(2)]
+        ours, theirs, patches = np.mean(times, axis=0)
         size, decode, view = steps(folders[title])
-        print(f"{title:30}{size:6.0f}{theirs:8.1f}{ours:7.1f}{theirs / ours:7.1f}{wanted:8} | {decode:6.1f}{view:6.1f}")
+        loaders = f"{theirs:8.1f}{ours:7.1f}{theirs / ours:7.1f}{wanted:8}{patches:11.1f}"
+        print(f"{title:30}{size:6.0f}{loaders} | {decode:6.1f}{view:6.1f}")
 
 
 def print_quality(folder: Path, count: int = 24) -> None:
@@ -206,7 +211,7 @@ def print_quality(folder: Path, count: int = 24) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="a real FaceSynthetics folder instead of drawn faces")
-    parser.add_argument("--seconds", type=float, default=6, help="of each of the 16 measurements")
+    parser.add_argument("--seconds", type=float, default=6, help="of each of the 24 measurements")
     parser.add_argument("--count", type=int, default=32, help="images")
     args = parser.parse_args()
     cv2.setNumThreads(0)

@@ -9,7 +9,7 @@ from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.yaml_files import Settings
 
@@ -36,6 +36,7 @@ class AugmentConfig(Settings):
     background_probability: float = Field(0.0, ge=0, le=1, description="a colour or clouds instead of the background")
     background_class: int = Field(0, ge=0, le=254, description="the id of the class that is the background")
     faithful: bool = Field(False, description="render step by step, as Sapiens does: slower, for comparisons")
+    on_device: bool = Field(False, description="workers only decode and shrink; the views are made on the training device")
 
     @field_validator("scale", "blur_sigma", "noise_sigma")
     @classmethod
@@ -43,6 +44,12 @@ class AugmentConfig(Settings):
         if not 0 < pair[0] <= pair[1] <= 255:
             raise ValueError(f"{list(pair)} is no range; write [low, high] with 0 < low <= high <= 255")
         return pair
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "AugmentConfig":
+        if self.faithful and self.on_device:
+            raise ValueError("`faithful` views are made step by step by the workers; set `on_device` or `faithful` to false")
+        return self
 
 
 class Box(NamedTuple):
@@ -82,19 +89,29 @@ class View:
     unit: int  # a power of two: so many source pixels across make one pixel of `seen` or less
     seen: tuple[int, int]  # (width, height): a small ratio loses detail even where the result is enlarged again
     place: Box  # in the output, before rotation and flip
-    degrees: float  # clockwise
-    flipped: bool
-    colour: Colour
-    background: tuple[int, int] | None  # (class to replace, cells along a side of the coarse random texture)
-    blur: float  # standard deviation in output pixels; 0: none
-    noise: float  # standard deviation in gray levels; 0: none
-    seed: int  # of the pixels of texture and noise
-    faithful: bool
+    degrees: float = 0.0  # clockwise
+    flipped: bool = False
+    colour: Colour = Colour()
+    background: tuple[int, int] | None = None  # (class to replace, cells along a side of the coarse random texture)
+    blur: float = 0.0  # standard deviation in output pixels; 0: none
+    noise: float = 0.0  # standard deviation in gray levels; 0: none
+    seed: int = 0  # of the pixels of texture and noise
+    faithful: bool = False
 
     @property
     def shrink(self) -> int:
         """1, 2, 4 or 8: the image may be decoded at 1/shrink of the mask's size, its details would be lost anyhow."""
         return 1 if self.faithful else min(self.unit, LARGEST_SHRINK)
+
+    @property
+    def image_patch(self) -> tuple[int, int]:
+        """(width, height) in which the box of the image is kept before it is enlarged: never above the output's."""
+        return min(self.box.width // self.unit, self.seen[0]), min(self.box.height // self.unit, self.seen[1])
+
+    @property
+    def label_patch(self) -> tuple[int, int]:
+        """(width, height) in which the box of the mask is kept before it is enlarged: never above the output's."""
+        return min(self.box.width, self.place.width), min(self.box.height, self.place.height)
 
 
 def draw_view(

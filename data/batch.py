@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.augment import Box
+from data.augment import Box, View
 
 log = logging.getLogger("data")
 
@@ -27,9 +27,10 @@ class Batch:
     images: torch.Tensor  # uint8 (B, 3, H, W), RGB, channels last in memory
     labels: torch.Tensor | list[np.ndarray]  # uint8 (B, H, W) | B x uint8 (h, w)
     seeds: torch.Tensor  # int64 (B,): dropout is drawn from these
-    pixel_counts: torch.Tensor  # int64 (B, 256): pixels of each label value
+    pixel_counts: torch.Tensor | None  # int64 (B, 256): pixels of each label value; None: see `views`
     labelled: torch.Tensor | None = None  # bool (B, classes): which each image's masks can show; None: all
     places: list[Box] | None = None  # validation: where in `images` each whole image lies; the rest is fill
+    views: list[View] | None = None  # `images` and `labels` are only patches for these: data/device_render.py makes them
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Example:
     key: str
     sample: int  # its number in the mixture
     seed: int
-    pixel_counts: np.ndarray  # int64 (256,)
+    pixel_counts: np.ndarray | None  # int64 (256,)
     labelled: np.ndarray  # bool (classes,)
     problem: str | None  # why it is shown as nothing
+    view: View | None = None  # that its pixels are patches for
 
 
 class BatchRing:
@@ -68,11 +70,14 @@ class BatchRing:
     def batch(self, slot: int, told: list[Example]) -> Batch:
         """The examples whose pixels lie in a slot, without a copy."""
         labelled = np.stack([example.labelled for example in told])
+        views = [example.view for example in told] if told[0].view else None
+        counts = None if views else torch.from_numpy(np.stack([example.pixel_counts for example in told]))
         return Batch(
             keys=[example.key for example in told],
             images=torch.from_numpy(self.images[slot]).permute(0, 3, 1, 2),
             labels=torch.from_numpy(self.labels[slot]),
             seeds=torch.tensor([example.seed for example in told], dtype=torch.int64),
-            pixel_counts=torch.from_numpy(np.stack([example.pixel_counts for example in told])),
+            pixel_counts=counts,
             labelled=None if labelled.all() else torch.from_numpy(labelled),
+            views=views,
         )

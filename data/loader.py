@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError
-from data.augment import AugmentConfig, draw_view
+from data.augment import AugmentConfig, Box, View, draw_view
 from data.batch import Batch, BatchRing, Example
 from data.codecs import decode_image, decode_mask
 from data.mixture import Mixture
 from data.order import BatchPlan, Order, validation_positions
-from data.render import IMAGE_FILL, render, resize_for_validation
+from data.render import IMAGE_FILL, cut, render, resize_for_validation
 from data.shards import RawSample, ShardSet
 
 PREFETCH = 4  # batches under way for each worker
@@ -31,7 +31,8 @@ log = logging.getLogger("data")
 
 
 class TrainExamples(Dataset):
-    """Positions in the run -> augmented examples, written into a batch's place in memory."""
+    """Positions in the run -> augmented examples, or with `augment.on_device` patches of them, written into a batch's place
+    in memory."""
 
     def __init__(self, mixture: Mixture, order: Order, size: tuple[int, int], config: AugmentConfig) -> None:
         self.mixture, self.order, self.size, self.config = mixture, order, size, config
@@ -63,11 +64,17 @@ class TrainExamples(Dataset):
                 label = cv2.LUT(label, source.table)
             view = draw_view(label, self.size, self.config, rng, label_set.ignore_index)
             image = _image(raw, label.shape, view.shrink)
-            render(image, label, view, label_set.flip_table(), label_set.ignore_index, image_out, label_out)
+            if self.config.on_device:
+                cut(image, label, view, image_out, label_out)
+            else:
+                render(image, label, view, label_set.flip_table(), label_set.ignore_index, image_out, label_out)
         except DataError as error:
             problem = str(error)
             image_out[:], label_out[:] = IMAGE_FILL, label_set.ignore_index
-        return Example(key, sample, seed, _count(label_out), self.mixture.labelled[member], problem)
+            whole = Box(0, 0, self.size[1], self.size[0])
+            view = View(self.size, whole, unit=1, seen=whole[2:], place=whole)
+        counts, view = (None, view) if self.config.on_device else (_count(label_out), None)
+        return Example(key, sample, seed, counts, self.mixture.labelled[member], problem, view)
 
 
 class ValidationExamples(Dataset):

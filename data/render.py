@@ -47,6 +47,21 @@ def render(
         _fill_outside(out_image, view, IMAGE_FILL)
 
 
+def cut(image: np.ndarray, label: np.ndarray, view: View, out_image: np.ndarray, out_label: np.ndarray) -> None:
+    """The part of a view that workers do where `data.device_render` does the rest: writes what the box shows, neither enlarged
+    nor turned, into the upper left corners of `out_image`, (height, width) `view.image_patch`, and of `out_label`, which are as
+    `render` wants them. What is beyond stays as it is, but for a pixel that the image's right and lower border is continued
+    by: an enlargement reaches half a pixel beyond it."""
+    patch = _patch(image, _shrunk_by(image, label), view)
+    width, height = view.image_patch
+    assert patch.shape == (height, width, 3)
+    rows, columns = min(height + 1, len(out_image)), min(width + 1, out_image.shape[1])
+    out_image[:height, :width] = patch
+    out_image[height:rows, :width] = patch[-1:]
+    out_image[:rows, width:columns] = out_image[:rows, width - 1 : width]
+    Box(0, 0, *view.label_patch).of(out_label)[:] = _label_patch(label, view)
+
+
 def resize_for_validation(image: np.ndarray, size: tuple[int, int], keep_aspect: bool) -> tuple[np.ndarray, Box]:
     """RGB uint8 (h, w, 3) -> (H, W, 3), bilinear, and where in it the image lies: in the middle, the rest being
     IMAGE_FILL, if its shape is kept; else everywhere (as the original evaluates)."""
@@ -70,7 +85,7 @@ def _shrunk_by(image: np.ndarray, label: np.ndarray) -> int:
 def _draw_image(image: np.ndarray, shrunk_by: int, view: View, out: np.ndarray) -> None:
     patch = distort_colours(_patch(image, shrunk_by, view), view.colour)
     if view.degrees == 0:
-        target = _mirrored(view.place, view).of(out)
+        target = mirrored(view.place, view).of(out)
         _resize_into(target, cv2.flip(patch, 1) if view.flipped else patch, cv2.INTER_LINEAR)
         return
     # OpenCV enlarges five times as fast as it warps, so turn at the patch's own resolution.
@@ -100,18 +115,21 @@ def _patch(image: np.ndarray, shrunk_by: int, view: View) -> np.ndarray:
         units = view.box.width // view.unit, view.box.height // view.unit
         patch = cv2.resize(patch, units, interpolation=cv2.INTER_AREA)
     height, width = patch.shape[:2]
-    seen = min(width, view.seen[0]), min(height, view.seen[1])
+    seen = view.image_patch
     if seen == (width, height):
         return patch
     alias_free = width <= 2 * seen[0] and height <= 2 * seen[1]
     return cv2.resize(patch, seen, interpolation=cv2.INTER_LINEAR if alias_free else cv2.INTER_AREA)
 
 
+def _label_patch(label: np.ndarray, view: View) -> np.ndarray:
+    patch, size = view.box.of(label), view.label_patch
+    return patch if size == view.box[2:] else cv2.resize(patch, size, interpolation=cv2.INTER_NEAREST_EXACT)
+
+
 def _draw_label(label: np.ndarray, view: View, flip_table: np.ndarray, ignore_index: int, out: np.ndarray) -> None:
-    patch = view.box.of(label)
-    place = _mirrored(view.place, view)
-    if view.degrees == 0 and patch.size > place.width * place.height:
-        patch = _resize_into(np.empty((place.height, place.width), np.uint8), patch, cv2.INTER_NEAREST_EXACT)
+    patch = view.box.of(label) if view.degrees else _label_patch(label, view)
+    place = mirrored(view.place, view)
     swap_first = view.flipped and patch.size <= out.size
     if swap_first:
         patch = cv2.LUT(patch, flip_table)
@@ -131,7 +149,7 @@ def _resize_into(out: np.ndarray, source: np.ndarray, interpolation: int) -> np.
 def _patch_to(out: np.ndarray, patch: np.ndarray, view: View) -> np.ndarray:
     """(2, 3), as OpenCV wants it: from the patch, which fills `view.place`, rotated and mirrored, to `out`, which is
     the whole output in any resolution."""
-    rotation, shift = _frame_to_output(view)
+    rotation, shift = frame_to_output(view)
     zoom = view.place.width / patch.shape[1], view.place.height / patch.shape[0]
     resolution = np.array([out.shape[1] / view.size[1], out.shape[0] / view.size[0]])
     linear = resolution[:, None] * rotation * zoom
@@ -140,7 +158,7 @@ def _patch_to(out: np.ndarray, patch: np.ndarray, view: View) -> np.ndarray:
     return np.column_stack([linear, shift])
 
 
-def _frame_to_output(view: View) -> tuple[np.ndarray, np.ndarray]:
+def frame_to_output(view: View) -> tuple[np.ndarray, np.ndarray]:
     """(2, 2) and (2,): the rotation about the output's centre, then the flip."""
     angle, side = np.deg2rad(view.degrees), -1 if view.flipped else 1
     cos, sin = np.cos(angle), np.sin(angle)
@@ -149,7 +167,7 @@ def _frame_to_output(view: View) -> tuple[np.ndarray, np.ndarray]:
     return rotation, centre - rotation @ centre
 
 
-def _mirrored(place: Box, view: View) -> Box:
+def mirrored(place: Box, view: View) -> Box:
     return place._replace(x=view.size[1] - place.x - place.width) if view.flipped else place
 
 
@@ -160,7 +178,7 @@ def _fill_outside(out: np.ndarray, view: View, value: int | tuple[int, int, int]
         return
     x, y, w, h = view.place
     left, top, right, bottom = x - 0.5, y - 0.5, x + w + 0.5, y + h + 0.5  # OpenCV fills the outline as well
-    rotation, shift = _frame_to_output(view)
+    rotation, shift = frame_to_output(view)
     corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]]) @ rotation.T + shift - 0.5
     beyond = np.array([[-9, -9], [width + 9, -9], [width + 9, height + 9], [-9, height + 9]])
     # Two polygons, one in the other: what lies between them is filled.

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.device_render import images_on, with_labels
 from data.loader import TrainExamples, train_batches
 from data.mixture import Mixture
 from data.order import BatchPlan
@@ -59,7 +60,9 @@ def plain_loop(shards: Path, settings: list[str], passed_over: int | None = None
     for step, (batch,) in enumerate(train_batches(examples, BatchPlan(8, 8, 0, 1), 0, steps, 0)):
         for group in optimizer.param_groups:
             group["lr"] = wanted.lr * scales[group["name"]] * lr_factor(step, steps, config.schedule)
-        value = loss.share(model(batch.images, batch.seeds), batch.labels, loss.totals(batch.pixel_counts))
+        batch = with_labels(batch, data.label_set, torch.device("cpu"))
+        images = images_on(batch, torch.device("cpu"))
+        value = loss.share(model(images, batch.seeds), batch.labels, loss.totals(batch.pixel_counts))
         optimizer.zero_grad()
         value.backward()
         if step == 0:

@@ -80,10 +80,10 @@ def test_the_peer_computes_the_same(arch, recompute):
     counts = torch.stack([torch.bincount(mask.flatten(), minlength=256) for mask in labels])
     loss = PixelLoss(weights, label_set)
     job = Job(0, 1, torch.device("cpu"))
-    peer = Plain(model, config, weights, label_set.ignore_index, StepClock(on_gpu=False), job)
+    peer = Plain(model, config, weights, label_set, StepClock(on_gpu=False), job)
     expected = loss.share(model(images, torch.arange(3)), labels, loss.totals(counts))
     expected.backward()
-    batch = type("Batch", (), {"images": images, "labels": labels})
+    batch = type("Batch", (), {"images": images, "labels": labels, "views": None})
     kept: list[torch.Tensor] = []
     peer.optimizer.zero_grad = lambda: kept.extend(parameter.grad.clone() for parameter in peer.parameters)
     assert peer.step([batch]) == pytest.approx(expected.item(), rel=1e-6)

@@ -151,7 +151,7 @@ def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path
         before = _allocated(job)
         for name in ("plain", "ours") if compare else ("ours",):  # the peer first: it copies the weights, which DeepSpeed takes
             if name == "plain":
-                step = Plain(model, config, weights, data.label_set.ignore_index, clock, job).step
+                step = Plain(model, config, weights, data.label_set, clock, job).step
             else:
                 step = build_ours(model, config, settings, weights, data, clock, job)
             sides[name] = Side(step, batches, clock, job)

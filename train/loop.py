@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from data.device_render import images_on, with_labels
 from data.loader import Batch, TrainExamples, train_batches
 from data.mixture import Mixture
 from data.order import BatchPlan, Order
@@ -41,14 +42,17 @@ def train_step(
     Returns:
         Its loss and, if `per_class`, the mean cross-entropy of each class's pixels, NaN of a class without any.
     """
-    counts = torch.cat([batch.pixel_counts for batch in micro_batches])
+    clock.enter("forward")
+    micro_batches = [with_labels(batch, loss.label_set, job.device) for batch in micro_batches]
+    counts = torch.cat([batch.pixel_counts for batch in micro_batches]).cpu()
+    clock.enter("wait")
     totals = job.sum(*loss.totals(counts))
     factor = job.world_size * len(micro_batches)
     total = torch.zeros((), device=job.device)
     sums = torch.zeros(loss.label_set.num_classes, dtype=torch.float64, device=job.device) if per_class else None
     for batch in micro_batches:
         clock.enter("forward")
-        logits = engine(batch.images.to(job.device, non_blocking=True), batch.seeds)  # (B, C, h, w)
+        logits = engine(images_on(batch, job.device), batch.seeds)  # (B, C, h, w)
         labelled = None if batch.labelled is None else batch.labelled.to(job.device)
         share = loss.share(logits, batch.labels.to(job.device, non_blocking=True), totals, labelled, sums)
         clock.enter("backward")

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.device_render import images_on, with_labels
+from data.labels import LabelSet
 from model.backbone import GroupedAttention
 from model.head import InstanceNorm2d, PointwiseConv2d
 from model.segmenter import Segmenter, has_weight_decay, normalize
@@ -23,7 +25,9 @@ class Plain:
     is the mean over each micro batch's valid pixels, weighted by class.
     """
 
-    def __init__(self, model: Segmenter, config: Config, weights: Tensor, ignore_index: int, clock: StepClock, job: Job) -> None:
+    def __init__(
+        self, model: Segmenter, config: Config, weights: Tensor, label_set: LabelSet, clock: StepClock, job: Job
+    ) -> None:
         head = deepcopy(model.decode_head)
         self.backbone = deepcopy(model.backbone).to(job.device).train()
         self.backbone.set_grad_checkpointing(config.model.recompute not in ("none", "head"))
@@ -40,7 +44,7 @@ class Plain:
             for decays, decay in ((True, wanted.weight_decay), (False, 0.0))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, fused=True)
-        self.clip_norm, self.weights, self.ignore_index = wanted.clip_norm, weights.to(job.device), ignore_index
+        self.clip_norm, self.weights, self.label_set = wanted.clip_norm, weights.to(job.device), label_set
         half = config.precision == "bf16" or (config.precision == "auto" and job.on_gpu)
         self.autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=half)
         self.clock, self.device = clock, job.device
@@ -50,11 +54,12 @@ class Plain:
         total = 0.0
         for batch in micro_batches:
             self.clock.enter("forward")
-            labels = batch.labels.to(self.device, non_blocking=True).long()
+            batch = with_labels(batch, self.label_set, self.device)
+            images, labels = images_on(batch, self.device), batch.labels.to(self.device, non_blocking=True).long()
             with self.autocast:
-                logits = self.head(self.backbone(normalize(batch.images.to(self.device, non_blocking=True))))
+                logits = self.head(self.backbone(normalize(images)))
             logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(logits, labels, self.weights, ignore_index=self.ignore_index) / len(micro_batches)
+            loss = F.cross_entropy(logits, labels, self.weights, ignore_index=self.label_set.ignore_index) / len(micro_batches)
             self.clock.enter("backward")
             loss.backward()
             total += loss.detach()
