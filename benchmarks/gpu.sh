@@ -7,10 +7,11 @@ usage() {
   cat <<'TEXT'
 usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
-Draws faces, packs them, and measures one experiment after the other with train.benchmark; the table comes last, from the JSON
-files in OUT (default outputs/gpu). About 20 minutes on an H100. What does not fit is said, and passed over.
+Draws faces, packs them, and measures one experiment after the other with train.benchmark, and single parts of a step with
+benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100. What does
+not fit is said, and passed over.
 
-  RUNS      lines of `recipe recompute micro_batch_size ds_config compare`, instead of those below; compare: yes or no
+  RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
   STEPS     measured in each (default 20)
   SIZE      height,width (default 1024,768)
   FACES     that are drawn (default 64)
@@ -23,10 +24,13 @@ python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
 RUNS=${RUNS:-"face_0.3b none 4 zero1 yes
 face_0.3b none 8 zero1 yes
+face_0.3b none 8 zero1 yes compile=true
+face_0.3b none 8 zero1 no compile=true augment.on_device=true
 face_0.3b head 16 zero1 no
 face_0.3b blocks 16 zero1 no
 face_0.6b none 4 zero1 no
 face_1b none 2 zero1 yes
+face_1b none 2 zero1 no compile=true
 face_1b head 4 zero1 no
 face_1b blocks 8 zero1 yes
 face_2b blocks 4 zero2 no
@@ -37,9 +41,9 @@ rm -rf "$out"
 mkdir -p "$out"
 $python -m data.synthetic --out "$out/faces" --count "${FACES:-64}" --size 512 --seed 0
 $python -m data.build_shards --dataset facesynthetics --root "$out/faces" --out "$out/shards" --val-fraction 0 >"$out/shards.txt"
-while read -r recipe recompute batch zero compare; do
-  name=${recipe}_${recompute}_${batch}_$zero
-  options=()
+while read -r recipe recompute batch zero compare more; do
+  name=${recipe}_${recompute}_${batch}_$zero${more:+_${more// /_}}
+  read -ra options <<<"$more"
   if [ "$compare" = yes ]; then options+=(--compare plain); fi
   echo "== $name"
   # Its loss and background belong to other classes; a step of one micro batch is what is measured.
@@ -50,4 +54,8 @@ while read -r recipe recompute batch zero compare; do
     { echo "not measured: $(tail -n 1 "$out/$name.txt")"; continue; }
   tail -n 14 "$out/$name.txt"
 done <<<"$RUNS"
+size=${SIZE:-1024,768}
+$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
+  echo "not measured: $(tail -n 1 "$out/optimisations.txt")"
+cat "$out/optimisations.md"
 $python -m benchmarks.gpu_table "$out"

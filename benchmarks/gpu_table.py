@@ -16,7 +16,8 @@ COLUMNS = {
 def row(found: dict) -> list[str]:
     ours, plain = found["sides"]["ours"], found["sides"].get("plain")
     what = f"{found['arch']} {'x'.join(map(str, found['image_size']))}"
-    setting = [what, str(found["recompute"]), str(found["micro_batch_size"]), Path(found["deepspeed"]).stem]
+    options = " ".join(name for name in ("compile", "on_device") if found[name]) or "-"
+    setting = [what, str(found["recompute"]), options, str(found["micro_batch_size"]), Path(found["deepspeed"]).stem]
     values = ["-" if ours[key] is None else format(ours[key], form) for key, form in COLUMNS.values()]
     ratio = f"{ours['images_per_second'] / plain['images_per_second']:.2f}" if plain else "-"
     return [*setting, *values, f"{found['predicted_gb']:.2f}", ratio]
@@ -29,7 +30,7 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
     if not results:
         parser.error(f"{args.folder}: holds no results; benchmarks/gpu.sh {args.folder} makes them")
-    names = ["model", "recompute", "batch", "ZeRO", *COLUMNS, "predicted", "to plain"]
+    names = ["model", "recompute", "with", "batch", "ZeRO", *COLUMNS, "predicted", "to plain"]
     lines = [names, ["---"] * len(names), *map(row, results)]
     versions = ", ".join(f"{name} {results[0]['packages'][name]}" for name in ("torch", "deepspeed", "timm"))
     print(f"{results[0]['device']}; {versions}; revision {results[0]['revision'] or 'unknown'}")

@@ -1,30 +1,121 @@
-"""What each size needs on a GPU, as python -m train.doctor predicts it. Nothing is allocated, and no GPU is needed.
+"""What each size needs on a GPU, as python -m train.doctor predicts it; and how near that is to what is measured here.
 
     .venv/bin/python -m benchmarks.memory [--size 1024 768] [--gpus 8] [--archs sapiens_1b ...]
+    .venv/bin/python -m benchmarks.memory --measure [--size 1024 768] [--archs ...] [--modes none head blocks] [--batches 1 2]
 
-Prints in GB, in bf16: what one image takes at most in forward and backward pass, for three settings of `model.recompute`, and
-what a GPU needs in all with one image at a time and `recompute=blocks`, on one GPU and on several, at some ZeRO stages.
+The first allocates nothing and needs no GPU. It prints in GB, in bf16: what one image takes at most in forward and backward pass,
+for three settings of `model.recompute`, and what a GPU needs in all with one image at a time and `recompute=blocks`, on one GPU
+and on several, at some ZeRO stages.
+
+The second does a forward pass, loss and backward pass in bf16 for real, without keeping the gradients of parameters, and prints
+beside the prediction the most that was taken: by tensors, and in all. On a GPU that is what torch allocated, on a CPU what the
+process had resident: with what its kernels take by the way.
 """
 
 import argparse
+import multiprocessing
+import re
+from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import torch
 
 from data.labels import load_label_set
 from model.archs import ARCHS
 from train.config import Config, load_config
+from train.loss import PixelLoss
+from train.memory import PeakTracker
 from train.remedies import GB, Remedies
+from train.run import build_model, prepare
 
 MODES = ("none", "head", "blocks")
 ALONE = ("zero1", "zero2_offload", "zero3_offload")  # on one GPU
 TOGETHER = ("zero1", "zero2", "zero3")
+FACE = load_label_set("face19")
 
 
-def experiment(arch: str, size: list[int], gpus: int, mode: str, stage: str) -> Config:
+def experiment(arch: str, size: list[int], gpus: int, mode: str, stage: str, batch: int = 1) -> Config:
     settings = {
         "model.arch": arch, "model.image_size": size, "model.patch_padding": "null", "model.recompute": mode,
-        "micro_batch_size": 1, "global_batch_size": gpus, "deepspeed": f"ds_configs/{stage}.json",
+        "micro_batch_size": batch, "global_batch_size": batch * gpus, "deepspeed": f"ds_configs/{stage}.json",
     }  # fmt: skip
     return load_config(Path("train/configs/face_1b.yaml"), [f"{key}={value}" for key, value in settings.items()])
+
+
+def print_predictions(archs: list[str], size: list[int], gpus: int) -> None:
+    alone, together = (Remedies(FACE, True, number, True, None) for number in (1, gpus))
+    columns = [f"image, {mode}" for mode in MODES]
+    columns += [f"1 GPU, {stage}" for stage in ALONE] + [f"{gpus} GPUs, {stage}" for stage in TOGETHER]
+    print("| size | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for arch in archs:
+        images = [alone.fit(experiment(arch, size, 1, mode, "zero1")).memory.activations for mode in MODES]
+        needed = [alone.fit(experiment(arch, size, 1, "blocks", stage)).needed for stage in ALONE]
+        needed += [together.fit(experiment(arch, size, gpus, "blocks", stage)).needed for stage in TOGETHER]
+        print(f"| `{arch}` | " + " | ".join(f"{number / GB:.1f}" for number in images + needed) + " |", flush=True)
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process: VmRSS, those now; VmHWM, the most since `forget_peak`."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(config: Config, result: Connection) -> None:
+    """Sends the bytes that a micro batch took at most beside weights and pixels: (of tensors, in all), or None where it does not
+    fit. For a process of its own: what another measurement has freed would be used again, unseen."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = build_model(config, FACE.num_classes)
+    model = model.bfloat16().to_empty(device=device).train()
+    prepare(model, config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    loss = PixelLoss(torch.ones(FACE.num_classes, device=device), FACE)
+
+    def step(batch: int, size: tuple[int, int]) -> tuple[int, int]:
+        images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
+        labels = torch.randint(0, FACE.num_classes, (batch, *size), dtype=torch.uint8, device=device)
+        on_gpu = device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
+        torch.cuda.reset_peak_memory_stats() if on_gpu else forget_peak()
+        with PeakTracker([*model.parameters(), *model.buffers(), images, labels]) as tracker:
+            loss.share(model(images, torch.arange(batch)), labels, (float(labels.numel()), float(batch))).backward()
+        return tracker.peak, (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
+
+    try:
+        step(1, (64, 48))  # the kernels load their code
+        result.send(step(config.micro_batch_size, config.model.image_size))
+    except torch.OutOfMemoryError:
+        result.send(None)
+
+
+def print_measured(archs: list[str], size: list[int], modes: list[str], batches: list[int]) -> None:
+    remedies = Remedies(FACE, True, 1, True, None)
+    print(f"GB an image of {size[0]}x{size[1]}, bf16")
+    print("| size | recompute | batch | predicted | tensors | in all | in all / predicted |\n|---|---|---|---|---|---|---|")
+    for arch, mode, batch in product(archs, modes, batches):
+        config = experiment(arch, size, 1, mode, "zero1", batch)
+        predicted = remedies.fit(config).memory.activations / batch / GB
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(config, sender))
+        process.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:  # killed: the machine's memory is too small
+            found = None
+        process.join()
+        told = "does not fit here | - | -"
+        if found:
+            tensors, in_all = (taken / batch / GB for taken in found)
+            told = f"{tensors:.2f} | {in_all:.2f} | {in_all / predicted:.2f}"
+        print(f"| `{arch}` | {mode} | {batch} | {predicted:.2f} | {told} |", flush=True)
 
 
 def main() -> None:
@@ -32,18 +123,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[1024, 768], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--archs", nargs="+", default=[name for name in ARCHS if not name.startswith("tiny")])
+    parser.add_argument("--measure", action="store_true", help="measure a step instead")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), help="of model.recompute, with --measure")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2], help="with --measure")
     args = parser.parse_args()
-    label_set = load_label_set("face19")
-    alone, together = (Remedies(label_set, True, gpus, True, None) for gpus in (1, args.gpus))
-    columns = [f"image, {mode}" for mode in MODES]
-    columns += [f"1 GPU, {stage}" for stage in ALONE] + [f"{args.gpus} GPUs, {stage}" for stage in TOGETHER]
-    print("| size | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for arch in args.archs:
-        images = [alone.fit(experiment(arch, args.size, 1, mode, "zero1")).memory.activations for mode in MODES]
-        needed = [alone.fit(experiment(arch, args.size, 1, "blocks", stage)).needed for stage in ALONE]
-        needed += [together.fit(experiment(arch, args.size, args.gpus, "blocks", stage)).needed for stage in TOGETHER]
-        print(f"| `{arch}` | " + " | ".join(f"{number / GB:.1f}" for number in images + needed) + " |", flush=True)
+    if args.measure:
+        print_measured(args.archs, args.size, args.modes, args.batches)
+    else:
+        print_predictions(args.archs, args.size, args.gpus)
 
 
 if __name__ == "__main__":

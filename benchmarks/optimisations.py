@@ -73,8 +73,8 @@ class Case:
 
 
 def loss(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
-    """Logits of four images at half the size, as Sapiens v1 has them; twice as large as the rest, for it is of few channels."""
-    classes, (height, width) = FACE.num_classes, (2 * size[0], 2 * size[1])
+    """Logits of four images at half their size, as Sapiens v1 has them; four times as large as the rest: it has few channels."""
+    classes, (height, width) = FACE.num_classes, (4 * size[0], 4 * size[1])
     logits = torch.randn(4, classes, height // 2, width // 2, device=device).to(dtype).requires_grad_()
     labels = torch.randint(0, classes, (4, height, width), dtype=torch.uint8, device=device)
     ours, totals = PixelLoss(torch.ones(classes), FACE), (float(labels.numel()), 4.0)

@@ -93,15 +93,16 @@ def test_the_peer_computes_the_same(arch, recompute):
 
 
 def test_the_script_for_gpus_prints_its_table_last(tmp_path):
-    runs = "demo none 2 zero1 yes\ndemo blocks 2 zero2 no\ndemo none 2 zero9 no"
-    variables = {"RUNS": runs, "STEPS": "1", "SIZE": "32,24", "FACES": "8"}
+    runs = "demo none 2 zero1 yes\ndemo blocks 2 zero2 no augment.on_device=true ema.decay=0.9\ndemo none 2 zero9 no"
+    variables = {"RUNS": runs, "STEPS": "1", "SIZE": "32,32", "FACES": "8"}
     done = subprocess.run(
         [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], env=train_environment() | variables, capture_output=True, text=True,
         timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.count("not measured: error: deepspeed: ds_configs/zero9.json: no such file") == 1
-    *_, head, rule, first, second = done.stdout.splitlines()
+    *_, parts, _, head, rule, first, second = done.stdout.splitlines()
+    assert parts.startswith("| channels last |") and done.stdout.count("gradient apart") == 1
     assert head.startswith("| model | recompute |") and set(rule) == set("|- ")
-    assert first.startswith("| tiny 32x24 | none | 2 | zero1 |") and not first.endswith("| - |")
-    assert second.startswith("| tiny 32x24 | blocks | 2 | zero2 |") and second.endswith("| - |")
+    assert first.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and not first.endswith("| - |")
+    assert second.startswith("| tiny 32x32 | blocks | on_device | 2 | zero2 |") and second.endswith("| - |")

@@ -11,12 +11,14 @@ All figures are medians of single steps.
 import argparse
 import gc
 import json
+import logging
 import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,28 +135,50 @@ class Side:
         }
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An experiment, as a run opens it, up to its model and its first batch."""
+
+    config: Config
+    settings: dict[str, Any]  # DeepSpeed's, resolved
+    job: Job
+    data: Mixture
+    model: Segmenter
+    class_weights: Tensor
+    batches: Generator[list[Batch]]  # close it
+
+    @classmethod
+    def by(cls, config: Config, steps: int) -> "Opened":
+        """Every process of the job must call it. Raises TrainError, DataError, ModelError."""
+        job = join_job()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it tells each part of its start
+        data = Mixture.open(config.data.train, FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9)))
+        settings = check(config, data, None, job.world_size, job.on_gpu)
+        torch.manual_seed(config.seed)
+        model = build_model(config, data.label_set.num_classes)
+        weights = class_weights(config.loss.class_weights, data.pixel_counts, data.label_set)
+        plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
+        examples = TrainExamples(data, training_order(config, data), config.model.image_size, config.augment)
+        batches = train_batches(examples, plan, 0, steps, config.data.workers, config.data.max_bad_fraction, job.on_gpu)
+        return cls(config, settings, job, data, model, weights, batches)
+
+    def step(self, side: str, clock: StepClock) -> Step:
+        """An optimizer step of "ours" or of the "plain" peer, which has to be asked for first: ours takes the weights."""
+        if side == "plain":
+            return Plain(self.model, self.config, self.class_weights, self.data.label_set, clock, self.job).step
+        return build_ours(self.model, self.config, self.settings, self.class_weights, self.data, clock, self.job)
+
+
 def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path | None) -> dict[str, Any]:
     """What the command prints. Every process of the job must call it. Raises TrainError, DataError, ModelError."""
-    job = join_job()
-    data = Mixture.open(config.data.train, FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9)))
-    settings = check(config, data, None, job.world_size, job.on_gpu)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data.label_set.num_classes)
-    weights = class_weights(config.loss.class_weights, data.pixel_counts, data.label_set)
-    plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
-    examples = TrainExamples(data, training_order(config, data), config.model.image_size, config.augment)
     rounds = math.ceil(steps / ROUND)
-    wanted = (warm_up + rounds * ROUND) * (1 + compare) + TRACED
-    batches = train_batches(examples, plan, 0, wanted, config.data.workers, config.data.max_bad_fraction, job.on_gpu)
+    found = Opened.by(config, (warm_up + rounds * ROUND) * (1 + compare) + TRACED)
+    job, data, settings = found.job, found.data, found.settings
     clock, sides, own = StepClock(job.on_gpu), {}, {}
-    with closing(batches):
+    with closing(found.batches):
         before = _allocated(job)
-        for name in ("plain", "ours") if compare else ("ours",):  # the peer first: it copies the weights, which DeepSpeed takes
-            if name == "plain":
-                step = Plain(model, config, weights, data.label_set, clock, job).step
-            else:
-                step = build_ours(model, config, settings, weights, data, clock, job)
-            sides[name] = Side(step, batches, clock, job)
+        for name in ("plain", "ours") if compare else ("ours",):
+            sides[name] = Side(found.step(name, clock), found.batches, clock, job)
             sides[name].take(warm_up)
             own[name] = _allocated(job) - before - sum(own.values())
         for _ in range(rounds):
@@ -167,7 +191,8 @@ def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path
     images = config.global_batch_size // job.world_size
     return {
         "arch": config.model.arch, "image_size": config.model.image_size, "recompute": config.model.recompute,
-        "compile": config.compile, "deepspeed": str(config.deepspeed), "processes": job.world_size,
+        "compile": config.compile, "on_device": config.augment.on_device,
+        "deepspeed": str(config.deepspeed), "processes": job.world_size,
         "micro_batch_size": config.micro_batch_size, "accumulation": settings["gradient_accumulation_steps"],
         "device": torch.cuda.get_device_name() if job.on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "steps": rounds * ROUND, "predicted_gb": predicted / 1e9, "revision": revision(), "packages": packages(),
@@ -198,7 +223,8 @@ def table(found: dict[str, Any]) -> str:
     sides = found["sides"]
     height, width = found["image_size"]
     lines = [
-        f"{found['arch']} at {height}x{width}, recompute {found['recompute']}{', compiled' if found['compile'] else ''}, "
+        f"{found['arch']} at {height}x{width}, recompute {found['recompute']}{', compiled' if found['compile'] else ''}"
+        f"{', views on the device' if found['on_device'] else ''}, "
         f"{found['deepspeed']}",
         f"{found['processes']} x {found['device']}; {found['micro_batch_size']} images x {found['accumulation']} accumulated "
         f"on each; medians of {found['steps']} steps",

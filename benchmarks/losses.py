@@ -1,0 +1,76 @@
+"""Do the losses of a run stay those of plain PyTorch, whatever is computed otherwise?
+
+    .venv/bin/python -m benchmarks.losses --data shards/face/train [--config FILE] [--steps 200] [key=value ...]
+
+Trains the same weights on the same examples in the same order: by the plain peer of train.benchmark (PyTorch's own modules, no
+DeepSpeed), and by ours, with each of the settings that compute something otherwise. Prints how far their losses are apart, over
+the mean loss: the mean and the largest of single steps, and of the mean of the last tenth. Beside them, as a measure of what
+training makes of a rounding: the plain peer with weights that are larger by a millionth.
+"""
+
+import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from train.benchmark import Opened
+from train.clock import StepClock
+from train.config import load_config
+
+# One micro batch a step, for the peer's loss is a mean over each; no dropout, which the peer draws from the running state.
+EQUAL = ["micro_batch_size=8", "global_batch_size=8", "model.dropout=0", "optimizer.lr=2e-3", "data.rare_share=null"]
+VIEWS = ["augment.scale=[0.5,2]", "augment.rotate_probability=0.5", "augment.photometric=true", "augment.max_class_share=0.9"]
+RUNS = {
+    "plain": [],
+    "plain, nudged": [],
+    "ours": [],
+    "recompute": ["model.recompute=blocks"],
+    "on_device": ["augment.on_device=true"],
+    "compile": ["compile=true"],
+    "zero3": ["deepspeed=ds_configs/zero3.json"],
+    "plain, bf16": ["precision=bf16"],
+    "ours, bf16": ["precision=bf16"],
+}
+
+
+def train(path: Path, overrides: list[str], name: str, steps: int) -> list[float]:
+    """The losses of all steps; in a process of its own, for a job has one engine."""
+    found = Opened.by(load_config(path, overrides), steps)
+    if "nudged" in name:
+        with torch.no_grad():
+            torch._foreach_mul_(list(found.model.parameters()), 1 + 1e-6)
+    step = found.step("plain" if "plain" in name else "ours", StepClock(found.job.on_gpu))
+    with closing(found.batches):
+        return [step(micro_batches) for micro_batches in found.batches]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a training split")
+    parser.add_argument("--config", type=Path, default=Path("train/configs/demo.yaml"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="and the plain one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    losses: dict[str, np.ndarray] = {}
+    tail = max(1, args.steps // 10)
+    print(f"| {args.steps} steps | first loss | last tenth | apart: mean | largest | last tenth |\n|---|---|---|---|---|---|")
+    for name, own in RUNS.items():
+        if name != "plain" and name not in args.only:
+            continue
+        settings = [f"data.train={args.data}", *EQUAL, *VIEWS, *args.overrides, *own]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            losses[name] = np.array(process.submit(train, args.config, settings, name, args.steps).result())
+        apart = np.abs(losses[name] - losses["plain"]) / losses["plain"].mean()
+        ends = [losses[run][-tail:].mean() for run in (name, "plain")]
+        last = abs(ends[0] - ends[1]) / losses["plain"].mean()
+        told = f"{apart.mean():.1e} | {apart.max():.1e} | {last:.1e}" if name != "plain" else "- | - | -"
+        print(f"| {name} | {losses[name][0]:.4f} | {ends[0]:.4f} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
