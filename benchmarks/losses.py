@@ -5,11 +5,12 @@
 Trains the same weights on the same examples in the same order: by the plain peer of train.benchmark (PyTorch's own modules, no
 DeepSpeed), and by ours, with each of the settings that compute something otherwise. Prints how far their losses are apart, over
 the mean loss: the mean and the largest of single steps, and of the mean of the last tenth. Beside them, as a measure of what
-training makes of a rounding: the plain peer with weights that are larger by a millionth.
+training makes of a rounding: the plain peer with weights of which each is a millionth larger or smaller, or as it was.
 """
 
 import argparse
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import DataError
+from data.arguments import whole_number
+from data.mixture import Mixture, MixtureEntry
+from train import TrainError
 from train.benchmark import Opened
 from train.clock import StepClock
 from train.config import load_config
@@ -41,8 +46,8 @@ def train(path: Path, overrides: list[str], name: str, steps: int) -> list[float
     """The losses of all steps; in a process of its own, for a job has one engine."""
     found = Opened.by(load_config(path, overrides), steps)
     if "nudged" in name:
-        with torch.no_grad():
-            torch._foreach_mul_(list(found.model.parameters()), 1 + 1e-6)
+        for parameter in found.model.parameters():
+            parameter.data *= 1 + 1e-6 * torch.randint(-1, 2, parameter.shape)
     step = found.step("plain" if "plain" in name else "ours", StepClock(found.job.on_gpu))
     with closing(found.batches):
         return [step(micro_batches) for micro_batches in found.batches]
@@ -52,15 +57,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a training split")
     parser.add_argument("--config", type=Path, default=Path("train/configs/demo.yaml"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), help="and the plain one")
+    parser.add_argument("--steps", type=whole_number(1), default=200)
+    parser.add_argument("--only", action="append", choices=list(RUNS), metavar="RUN", help="beside plain; more than once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    try:
+        load_config(args.config, [f"data.train={args.data}", *args.overrides])
+        Mixture.open([MixtureEntry(path=args.data)])
+    except (TrainError, DataError) as error:
+        sys.exit(f"error: {error}")
     losses: dict[str, np.ndarray] = {}
     tail = max(1, args.steps // 10)
     print(f"| {args.steps} steps | first loss | last tenth | apart: mean | largest | last tenth |\n|---|---|---|---|---|---|")
     for name, own in RUNS.items():
-        if name != "plain" and name not in args.only:
+        if name != "plain" and name not in (args.only or RUNS):
             continue
         settings = [f"data.train={args.data}", *EQUAL, *VIEWS, *args.overrides, *own]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

@@ -15,14 +15,19 @@ process had resident: with what its kernels take by the way.
 import argparse
 import multiprocessing
 import re
+import signal
+import sys
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from data.arguments import whole_number
 from data.labels import load_label_set
+from model import ModelError
 from model.archs import ARCHS
+from train import TrainError
 from train.config import Config, load_config
 from train.loss import PixelLoss
 from train.memory import PeakTracker
@@ -35,7 +40,7 @@ TOGETHER = ("zero1", "zero2", "zero3")
 FACE = load_label_set("face19")
 
 
-def experiment(arch: str, size: list[int], gpus: int, mode: str, stage: str, batch: int = 1) -> Config:
+def experiment(arch: str, size: list[int], gpus: int, mode: str | int, stage: str, batch: int = 1) -> Config:
     settings = {
         "model.arch": arch, "model.image_size": size, "model.patch_padding": "null", "model.recompute": mode,
         "micro_batch_size": batch, "global_batch_size": batch * gpus, "deepspeed": f"ds_configs/{stage}.json",
@@ -95,7 +100,7 @@ def measure(config: Config, result: Connection) -> None:
         result.send(None)
 
 
-def print_measured(archs: list[str], size: list[int], modes: list[str], batches: list[int]) -> None:
+def print_measured(archs: list[str], size: list[int], modes: list[str | int], batches: list[int]) -> None:
     remedies = Remedies(FACE, True, 1, True, None)
     print(f"GB an image of {size[0]}x{size[1]}, bf16")
     print("| size | recompute | batch | predicted | tensors | in all | in all / predicted |\n|---|---|---|---|---|---|---|")
@@ -108,9 +113,11 @@ def print_measured(archs: list[str], size: list[int], modes: list[str], batches:
         sender.close()
         try:
             found = receiver.recv()
-        except EOFError:  # killed: the machine's memory is too small
+        except EOFError:
             found = None
         process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):  # killed: the machine's memory is too small
+            sys.exit(f"{arch}, recompute {mode}, batch {batch}: failed, see above")
         told = "does not fit here | - | -"
         if found:
             tensors, in_all = (taken / batch / GB for taken in found)
@@ -121,16 +128,20 @@ def print_measured(archs: list[str], size: list[int], modes: list[str], batches:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[1024, 768], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=whole_number(1), default=8)
     parser.add_argument("--archs", nargs="+", default=[name for name in ARCHS if not name.startswith("tiny")])
     parser.add_argument("--measure", action="store_true", help="measure a step instead")
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="of model.recompute, with --measure")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2], help="with --measure")
+    parser.add_argument("--batches", type=whole_number(1), nargs="+", default=[1, 2], help="with --measure")
     args = parser.parse_args()
-    if args.measure:
-        print_measured(args.archs, args.size, args.modes, args.batches)
-    else:
-        print_predictions(args.archs, args.size, args.gpus)
+    try:
+        if args.measure:
+            modes = [int(mode) if mode.isdecimal() else mode for mode in args.modes]
+            print_measured(args.archs, args.size, modes, args.batches)
+        else:
+            print_predictions(args.archs, args.size, args.gpus)
+    except (TrainError, ModelError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     .venv/bin/python -m benchmarks.optimisations [--size 256 192] [--rounds 5] [--dtype bfloat16] [--only head ...]
 
-Prints of each the time of forward and backward pass, the bytes that are kept for the latter, both of ours over the usual, and the
-largest difference of an output and of a gradient, over the largest value. The last rows are what was tried and not taken.
+Prints of each the time of forward and backward pass, the bytes that are held between the two (weights included) and at the
+worst moment, and the largest difference of an output and of a gradient, over the largest value. The last rows are what was tried
+and not taken.
 """
 
 import argparse
@@ -12,13 +13,14 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from data.arguments import whole_number
 from data.labels import load_label_set
 from model.backbone import GroupedAttention
 from model.head import InstanceNorm2d, PointwiseConv2d
@@ -37,37 +39,37 @@ class Case:
     ours: Callable[..., Tensor]
     inputs: list[Tensor]
 
-    def run(self, function: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor], float]:
+    @cached_property
+    def weights(self) -> Tensor:
+        """What the output's gradient is."""
+        with torch.no_grad():
+            output = self.usual(*self.inputs)
+        return torch.randn_like(output) if output.ndim else torch.ones_like(output)
+
+    def run(self, function: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, ...], float]:
         """(output, gradients, seconds)."""
-        learning = [tensor for tensor in self.inputs if tensor.requires_grad]
-        started = time.perf_counter()
+        learning, weights = [tensor for tensor in self.inputs if tensor.requires_grad], self.weights
+        started = self.now()
         output = function(*self.inputs)
-        gradients = torch.autograd.grad(output, learning, self.weights(output))
-        if output.is_cuda:
+        gradients = torch.autograd.grad(output, learning, weights)
+        return output.detach(), gradients, self.now() - started
+
+    def now(self) -> float:
+        if self.inputs[0].is_cuda:
             torch.cuda.synchronize()
-        return output.detach(), list(gradients), time.perf_counter() - started
+        return time.perf_counter()
 
-    def weights(self, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(output.shape, generator=generator).to(output) if output.ndim else torch.ones_like(output)
-
-    def kept(self, function: Callable[..., Tensor]) -> int:
-        """Bytes for the backward pass."""
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = function(*self.inputs)
+    def held(self, function: Callable[..., Tensor]) -> int:
+        """Bytes between forward and backward pass: the output, and what is kept, of the inputs too."""
+        with PeakTracker(self.inputs) as tracker:
+            output = function(*(tensor.clone() for tensor in self.inputs))
+            now = tracker.now
         del output
-        return sum(kept.values())
+        return now
 
     def peak(self, function: Callable[..., Tensor]) -> int:
         """Bytes at the worst moment of forward and backward pass, without the inputs."""
-        with PeakTracker(self.inputs) as tracker:
+        with PeakTracker([*self.inputs, self.weights]) as tracker:
             self.run(function)
         return tracker.peak
 
@@ -176,7 +178,7 @@ def row(name: str, case: Case, rounds: int) -> str:
         our_output, our_gradients, took = case.run(case.ours)
         seconds["ours"].append(took)
     usual, ours = (1e3 * statistics.median(seconds[side][1:]) for side in ("usual", "ours"))
-    memory = [measure(function) / 1e6 for measure in (case.kept, case.peak) for function in (case.usual, case.ours)]
+    memory = [measure(function) / 1e6 for measure in (case.held, case.peak) for function in (case.usual, case.ours)]
     gradient = max(apart(one, other) for one, other in zip(our_gradients, gradients, strict=True))
     cells = [f"{usual:.1f}", f"{ours:.1f}", f"{ours / usual:.2f}", *(f"{megabytes:.0f}" for megabytes in memory)]
     return f"| {name} | {' | '.join(cells)} | {apart(our_output, output):.0e} | {gradient:.0e} |"
@@ -185,15 +187,17 @@ def row(name: str, case: Case, rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 192], metavar=("HEIGHT", "WIDTH"), help="of the images")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=whole_number(1), default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--only", nargs="+", choices=[*TAKEN, *NOT_TAKEN], default=[*TAKEN, *NOT_TAKEN])
     args = parser.parse_args()
+    if any(side < 16 or side % 16 for side in args.size):
+        parser.error(f"--size: {args.size[0]} {args.size[1]} is not whole patches, choose multiples of 16")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, dtype = tuple(args.size), getattr(torch, args.dtype)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{size[0]}x{size[1]}, {args.dtype}, {where}, torch {torch.__version__}; medians of {args.rounds}")
-    columns = ["", "usual ms", "ours ms", "ratio", "keeps MB", "ours", "peak MB", "ours", "output apart", "gradient apart"]
+    columns = ["", "usual ms", "ours ms", "ratio", "held MB", "ours", "peak MB", "ours", "output apart", "gradient apart"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, make in (TAKEN | NOT_TAKEN).items():
         if name in args.only:

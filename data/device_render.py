@@ -3,7 +3,7 @@
 The workers have cut patches (`render.cut`): what the box of a view shows, in the corner of its place in the batch. Here they get
 their colours, and are enlarged, rotated and mirrored in one resampling. The same bits come out however the batch is cut: no
 sample sees another. Labels are found in whole numbers, the same on every device; images may differ by a rounding between devices,
-and the draws of noise are others than on the CPU.
+and the draws of noise are each kind of device's own.
 
 Everything is fp32, also under autocast: only what is by itself, such as adding and scaling, and `grid_sample` is used.
 """
@@ -26,8 +26,8 @@ ONE = 1 << 16  # a pixel, of coordinates in whole numbers
 
 
 def with_labels(batch: Batch, label_set: LabelSet, device: torch.device) -> Batch:
-    """The training batch with its views' `labels`, uint8 (B, H, W), and `pixel_counts`, both on the device, of which the device
-    need not be asked yet. One without `views` has them: it is returned as it is."""
+    """The training batch with its views' `labels`, uint8 (B, H, W), and `pixel_counts`, both on the device. One without `views`
+    has them: it is returned as it is."""
     if batch.views is None:
         return batch
     patches = batch.labels.to(device, non_blocking=True)

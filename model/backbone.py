@@ -140,12 +140,12 @@ def _round_to_bf16(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def _hold_still(model: nn.Module) -> None:
-    """timm's RoPE moves its grid in training, by numbers of the device's running state. The originals do not, and a run would
-    be another one after a restart. Its creation takes no None for that."""
+    """timm's RoPE moves its grid in training, by numbers of the device's running state. Sapiens2's published code does not, and a
+    run would be another one after a restart. Its creation takes no None for that."""
     for module in model.modules():
         if hasattr(module, "rescale_coords"):
             module.shift_coords = module.jitter_coords = module.rescale_coords = None
-            module.aug_active = False
+            module.aug_active = False  # else it is made anew in each forward pass
 
 
 class SampleDropPath(nn.Module):

@@ -42,7 +42,7 @@ class NormKeptByOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
         """x (B, C, H, W)."""
-        flat = x.reshape(1, -1, *x.shape[2:])  # a batch norm of one image with B * C channels
+        flat = x.reshape(1, -1, *x.shape[2:]).contiguous()  # a batch norm of one image with B * C channels
         normed, _, scales = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)  # one over the deviations
         ctx.save_for_backward(normed, scales)
         return normed.view(x.shape)
@@ -51,10 +51,11 @@ class NormKeptByOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         normed, scales = ctx.saved_tensors
+        flat = gradient.reshape(normed.shape).contiguous()  # in another order of memory than `normed` the kernel reads it wrongly
         # Of a norm with the weights `scales`, whose input had the mean 0 and the deviation 1 already.
         zeros, ones = torch.zeros_like(scales), torch.ones_like(scales)
         inputs, *_ = torch.ops.aten.native_batch_norm_backward(
-            gradient.reshape(normed.shape), normed, scales, None, None, zeros, ones, True, 0.0, [True, False, False]
+            flat, normed, scales, None, None, zeros, ones, True, 0.0, [True, False, False]
         )
         return inputs.view(gradient.shape), None
 

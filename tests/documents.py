@@ -46,7 +46,7 @@ INSTEAD = {
     "python -m benchmarks.memory": "{} --archs tiny tiny2 --size 64 32",
     "python -m benchmarks.memory --measure": "{} --archs tiny --size 64 32 --modes blocks --batches 2",
     "python -m benchmarks.optimisations": "{} --help",  # benchmarks/gpu.sh runs it
-    "python -m benchmarks.losses --data shards/face/train": "{} --steps 2 --only ours on_device",
+    "python -m benchmarks.losses --data shards/face/train": "{} --steps 2 --only ours --only on_device",
     "python -m train.doctor --config train/configs/face_1b.yaml load_from=sapiens_1b_epoch_173_clean.pth "
     "--gpus 8 --gpu-memory 80": "{} micro_batch_size=2",
     "python -m train.doctor --config train/configs/face_1b.yaml --gpus 8 --gpu-memory 24": "{} micro_batch_size=2",

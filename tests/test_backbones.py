@@ -12,7 +12,7 @@ from timm.layers import AttentionRope
 
 from model.archs import Arch, get_arch
 from model.backbone import GroupedAttention
-from model.recompute import recompute
+from model.recompute import kept_bytes, recompute
 from model.segmenter import Segmenter, build_segmenter, full_size_logits, layer_id, normalize
 from model.weight_files import save_safetensors
 from model.weights import load_weights
@@ -82,6 +82,8 @@ def test_grouped_queries_are_those_of_repeated_keys(precision, dtype):
     for attention in grouped:
         attention.__class__ = AttentionRope
     images, outputs = draw(2, 3, *SIZE), []
+    if dtype == torch.bfloat16:  # in fp32 on a GPU they are repeated
+        assert kept_bytes(ours, images, torch.arange(2)) < kept_bytes(timms, images, torch.arange(2))
     for model in (ours, timms):
         outputs.append(model(images))
         outputs[-1].float().square().sum().backward()
@@ -92,10 +94,9 @@ def test_grouped_queries_are_those_of_repeated_keys(precision, dtype):
             assert (one.grad - other.grad).abs().max() <= rounding * other.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("name", ["tiny2", "timm:vit_small_patch16_dinov3"])
-def test_nothing_in_training_is_drawn_from_the_running_state(name):
+def test_nothing_in_training_is_drawn_from_the_running_state():
     """timm's RoPE would move its grid."""
-    model = build_segmenter(name, 5, SIZE, rope_precision="fp32", dropout=0.1, drop_path=0.1).train()
+    model = build_segmenter("tiny2", 5, SIZE, rope_precision="fp32", dropout=0.1, drop_path=0.1).train()
     images, seeds = draw(2, 3, *SIZE), torch.arange(2)
     assert torch.equal(model(images, seeds), model(images, seeds))
     pixels, size = normalize(images), {"embed_dim": 96, "depth": 1, "num_heads": 3, "num_kv_heads": 3}

@@ -144,13 +144,14 @@ def test_flip_is_the_mirrored_image_with_swapped_labels(config, scale):
     assert (mirrored[1] == flipped[1]).mean() > 0.98 and not np.array_equal(plain[1][:, ::-1], flipped[1])
 
 
+@pytest.mark.parametrize("ignored_as", [IGNORE, 40])
 @pytest.mark.parametrize("shape", [(64, 48), (16, 12), (25, 20)])
-def test_what_lies_outside_is_filled_and_ignored(shape):
+def test_what_lies_outside_is_filled_and_ignored(shape, ignored_as):
     image, label = np.full((*shape, 3), 200, np.uint8), np.zeros(shape, np.uint8)
     for seed in range(8):
         view = draw_view(label, SIZE, changed(TURNING, photometric=True), np.random.default_rng(seed))
-        out_image, out_label = on_device(image, label, view)
-        ignored = out_label == IGNORE
+        out_image, out_label = on_device(image, label, view, label_set=replace(PLAIN, ignore_index=ignored_as))
+        ignored = out_label == ignored_as
         assert 0 < ignored.mean() < 0.6 and (out_image[ignored] == IMAGE_FILL).all()
         assert np.ptp(out_image[~ignored].astype(int), axis=0).max() == 0  # no fill mixed in, nor what was there before
         degraded, _ = on_device(image, label, replace(view, blur=2.0, noise=9.0, background=(0, 4)))

@@ -91,7 +91,7 @@ def test_a_few_images_at_a_time_are_all_at_once(monkeypatch, at_once, dtype, som
         labelled[2, 1], labels[2][labels[2] == 1] = False, 0
     loss = PixelLoss(torch.tensor([0.2, 3.0, 1.0]), LABELS, 0.1, 0.7)
     totals = loss.totals(counts(labels))
-    ours, plain = (logits.to(dtype).requires_grad_() for _ in range(2))
+    ours, plain = (logits.to(dtype).clone().requires_grad_() for _ in range(2))
     sums, expected_sums = (torch.zeros(3, dtype=torch.float64) for _ in range(2))
     value = loss.share(ours, labels, totals, labelled, sums)
     expected = loss._share(plain.float(), labels, totals, labelled, expected_sums)

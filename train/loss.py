@@ -95,7 +95,7 @@ class PixelLoss:
         """These images' share of the loss of the global batch that has these `totals`: a scalar, computed in fp32.
 
         A few images at a time, the gradient together with the loss: logits at the labels' size are as large as what many
-        blocks keep, and no more than AT_ONCE of them are held, whatever the batch.
+        blocks keep, and no more than AT_ONCE of them, or one image's, are held, whatever the batch.
 
         Args:
             logits: (B, C, h, w), resized bilinearly to the labels.  labels: uint8 (B, H, W).

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.device_render import images_on, with_labels
 from data.labels import LabelSet
-from model.backbone import GroupedAttention
+from model.backbone import GroupedAttention, draw_drop_path
 from model.head import InstanceNorm2d, PointwiseConv2d
 from model.segmenter import Segmenter, has_weight_decay, normalize
 from train.clock import StepClock
@@ -56,6 +56,7 @@ class Plain:
             self.clock.enter("forward")
             batch = with_labels(batch, self.label_set, self.device)
             images, labels = images_on(batch, self.device), batch.labels.to(self.device, non_blocking=True).long()
+            draw_drop_path(self.backbone, batch.seeds)
             with self.autocast:
                 logits = self.head(self.backbone(normalize(images)))
             logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
