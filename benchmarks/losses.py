@@ -5,14 +5,15 @@
 Trains the same weights on the same examples in the same order: by the plain peer of train.benchmark (PyTorch's own modules, no
 DeepSpeed), and by ours, with each of the settings that compute something otherwise. Prints how far their losses are apart, over
 the mean loss: the mean and the largest of single steps, and of the mean of the last tenth. Beside them, as a measure of what
-training makes of a rounding: the plain peer with weights of which each is a millionth larger or smaller, or as it was.
+training makes of a rounding: the plain peer with weights of which each is a millionth larger or smaller, or as it was; and of
+views that are made another way: those of augment.faithful.
 """
 
 import argparse
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ RUNS = {
     "ours": [],
     "recompute": ["model.recompute=blocks"],
     "on_device": ["augment.on_device=true"],
+    "faithful": ["augment.faithful=true"],
     "compile": ["compile=true"],
     "zero3": ["deepspeed=ds_configs/zero3.json"],
     "plain, bf16": ["precision=bf16"],
@@ -48,7 +50,8 @@ def train(path: Path, overrides: list[str], name: str, steps: int) -> list[float
     if "nudged" in name:
         for parameter in found.model.parameters():
             parameter.data *= 1 + 1e-6 * torch.randint(-1, 2, parameter.shape)
-    step = found.step("plain" if "plain" in name else "ours", StepClock(found.job.on_gpu))
+    with redirect_stdout(sys.stderr):  # DeepSpeed tells each part of its start
+        step = found.step("plain" if "plain" in name else "ours", StepClock(found.job.on_gpu))
     with closing(found.batches):
         return [step(micro_batches) for micro_batches in found.batches]
 

@@ -11,7 +11,6 @@ All figures are medians of single steps.
 import argparse
 import gc
 import json
-import logging
 import math
 import os
 import statistics
@@ -151,7 +150,6 @@ class Opened:
     def by(cls, config: Config, steps: int) -> "Opened":
         """Every process of the job must call it. Raises TrainError, DataError, ModelError."""
         job = join_job()
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it tells each part of its start
         data = Mixture.open(config.data.train, FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9)))
         settings = check(config, data, None, job.world_size, job.on_gpu)
         torch.manual_seed(config.seed)
