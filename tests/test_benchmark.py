@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.batch import Batch
 from data.labels import load_label_set
 from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
 from train.clock import StepClock
@@ -81,9 +82,9 @@ def test_the_peer_computes_the_same(arch, recompute):
     loss = PixelLoss(weights, label_set)
     job = Job(0, 1, torch.device("cpu"))
     peer = Plain(model, config, weights, label_set, StepClock(on_gpu=False), job)
-    expected = loss.share(model(images, torch.arange(3)), labels, loss.totals(counts))
+    batch = Batch(["a", "b", "c"], images, labels, torch.arange(3), counts)
+    expected = loss.share(model(images, batch.seeds), labels, loss.totals(counts))
     expected.backward()
-    batch = type("Batch", (), {"images": images, "labels": labels, "views": None})
     kept: list[torch.Tensor] = []
     peer.optimizer.zero_grad = lambda: kept.extend(parameter.grad.clone() for parameter in peer.parameters)
     assert peer.step([batch]) == pytest.approx(expected.item(), rel=1e-6)
