@@ -1,6 +1,5 @@
 """Views made on the training device: from the loader, and in real runs."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
@@ -17,7 +16,7 @@ from data.order import BatchPlan
 from data.render import IMAGE_FILL
 from tests.conftest import ROOT, Run, experiment, recorded_runs
 from tests.plain import configuration, differences, fresh_model, plain_loop
-from tests.test_loader import SIZE, train_examples
+from tests.test_loader import SIZE, one_damaged, train_examples
 from train import TrainError
 from train.clock import StepClock
 from train.config import load_config
@@ -66,12 +65,7 @@ def test_they_are_the_views_of_the_cpu(shards):
 
 
 def test_a_bad_sample_is_shown_as_nothing(shards, tmp_path, caplog):
-    broken = shutil.copytree(shards / "train", tmp_path / "train")
-    rows = np.load(broken / "samples.npy")
-    with (broken / "shard-000002.tar").open("r+b") as tar:
-        tar.seek(int(rows[25]["image_offset"]) + 20)
-        tar.write(b"damage")
-    examples = train_examples(broken, config=EVERYTHING)
+    examples = train_examples(one_damaged(shards, tmp_path), config=EVERYTHING)
     for batch, images in made(examples, BatchPlan(31, 31, 0, 1), 0, 2, 1, 0.04):
         blank = [(label == 255).all().item() for label in batch.labels]
         assert sum(blank) == 1 and batch.pixel_counts[blank.index(True)].tolist() == [0] * 255 + [SIZE[0] * SIZE[1]]

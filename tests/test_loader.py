@@ -6,6 +6,7 @@ import shutil
 import signal
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,13 +135,18 @@ def test_workers_die_with_their_process(shards):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_few_bad_samples_are_named_and_shown_as_nothing(shards, tmp_path, caplog):
-    broken = shutil.copytree(shards / "train", tmp_path / "train")
+def one_damaged(shards: Path, folder: Path) -> Path:
+    """A copy of the 31 training samples, of which one cannot be decoded."""
+    broken = shutil.copytree(shards / "train", folder / "train")
     rows = np.load(broken / "samples.npy")
     with (broken / "shard-000002.tar").open("r+b") as tar:
         tar.seek(int(rows[25]["image_offset"]) + 20)
         tar.write(b"damage")
-    examples = train_examples(broken)
+    return broken
+
+
+def test_few_bad_samples_are_named_and_shown_as_nothing(shards, tmp_path, caplog):
+    examples = train_examples(one_damaged(shards, tmp_path))
     plan = BatchPlan(31, 31, 0, 1)
     for (batch,) in train_batches(examples, plan, 0, 2, 1, max_bad_fraction=0.04):
         blank = [(label == 255).all().item() for label in batch.labels]
