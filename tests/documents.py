@@ -40,7 +40,7 @@ INSTEAD = {
     "python -m benchmarks.layer_decay": "{} --help",
     "python -m benchmarks.real_faces /path/to/dataset_100 schedule.steps=1900": "{} --help",
     "python benchmarks/flip_pairs.py": "mode=debug {} schedule.steps=2",  # trains in one process, which starts sooner
-    "python -m train.benchmark --config train/configs/demo.yaml --drawn-data --compare plain": "{} --steps 1 --warm-up 1",
+    "python -m train.benchmark --config train/configs/demo.yaml --synthetic-data --compare plain": "{} --steps 1 --warm-up 1",
     "benchmarks/gpu.sh": "{} --help",  # tests/test_benchmark.py runs it
     "python -m benchmarks.recomputation": "{} --arch tiny --size 64 32",
     "python -m benchmarks.memory": "{} --archs tiny tiny2 --size 64 32",

@@ -41,8 +41,8 @@ def test_both_sides_are_measured_on_the_same_loader(shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_drawn_data():
-    options = ["--drawn-data", "--steps", 1, "--warm-up", 1]
+def test_synthetic_data():
+    options = ["--synthetic-data", "--steps", 1, "--warm-up", 1]
     done = benchmark("--config", "train/configs/demo.yaml", "model.image_size=[32,24]", "data.train=nowhere", *options)
     assert done.returncode == 0 and "images/s" in done.stdout, done.stderr
 

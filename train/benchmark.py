@@ -1,6 +1,6 @@
 """How fast an experiment's whole step is here, and where its time goes.
 
-    python -m train.benchmark --config train/configs/face_1b.yaml [key=value ...] [--drawn-data] [--compare plain]
+    python -m train.benchmark --config train/configs/face_1b.yaml [key=value ...] [--synthetic-data] [--compare plain]
 
 Builds the experiment's own model, engine and loader, warms up, and prints a step's milliseconds by phase, images a second, and on
 a GPU TFLOP/s, MFU and memory, beside what train.doctor predicts of it. `--compare plain` measures in turns with it what one would
@@ -238,7 +238,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 @contextmanager
-def drawn_data(wanted: bool) -> Iterator[list[str]]:
+def synthetic_data(wanted: bool) -> Iterator[list[str]]:
     """Overrides that put drawn faces in the place of the experiment's data; none if not `wanted`."""
     if not wanted:
         yield []
@@ -251,7 +251,7 @@ def drawn_data(wanted: bool) -> Iterator[list[str]]:
                 ["--dataset", "facesynthetics", "--root", str(faces), "--out", str(shards), "--val-fraction", "0"]
             )
         if code:
-            raise TrainError("--drawn-data: the drawn faces could not be packed, see above")
+            raise TrainError("--synthetic-data: the drawn faces could not be packed, see above")
         # Its label set has neither the weights nor the backgrounds of others.
         yield [f"data.train={shards / 'train'}", "data.rare_share=null", "loss.class_weights=none", "augment.background_class=0"]
 
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help=f"measured, in rounds of {ROUND}")
     parser.add_argument("--warm-up", type=whole_number(1), default=5, metavar="N", help="steps before that")
     parser.add_argument("--compare", choices=["plain"], help="measure the plain peer as well")
-    parser.add_argument("--drawn-data", action="store_true", help="drawn faces of 512x512 instead of the experiment's data")
+    parser.add_argument("--synthetic-data", action="store_true", help="drawn faces of 512x512 instead of the experiment's data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace of two more steps there, for Chrome")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: --compare plain: the peer is one process; start one, or leave it out")
     try:
-        with drawn_data(args.drawn_data) as overrides:
+        with synthetic_data(args.synthetic_data) as overrides:
             config = load_config(args.config, [*args.overrides, *overrides])
             found = measure(config, args.compare is not None, args.steps, args.warm_up, args.trace)
     except (TrainError, DataError, ModelError) as error:
