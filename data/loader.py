@@ -134,24 +134,27 @@ def train_batches(
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,  # others would not share the ring
     )
-    made = iter(loader)
     bad = _BadSamples(len(examples.mixture), max_bad_fraction)
-    count = 0
-    for _ in range(first_step, last_step):
-        micro_batches = []
-        for _ in range(plan.accumulation):
-            try:
-                told = next(made)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(f"{error}; probably for want of memory: lower data.workers") from None
-            for example in told:
-                if example.problem:
-                    bad.add(example.sample, example.problem)
-            micro_batches.append(ring.batch(count % slots, told))
-            count += 1
-        yield micro_batches
+    micro_batches: list[Batch] = []
+    # No name for what iterates: an error's traceback would keep it and its workers, for which a process waits at its end.
+    for count, told in enumerate(_told_by(loader)):
+        for example in told:
+            if example.problem:
+                bad.add(example.sample, example.problem)
+        micro_batches.append(ring.batch(count % slots, told))
+        if len(micro_batches) == plan.accumulation:
+            yield micro_batches
+            micro_batches = []
+
+
+def _told_by(loader: DataLoader) -> Iterator[list[Example]]:
+    """Of one micro batch after the other. Raises DataError: a worker has died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"{error}; probably for want of memory: lower data.workers") from None
 
 
 def validation_batches(

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -121,6 +122,7 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
     with pytest.raises(DataError, match=f"shard-000001.tar.*{key}.*damaged.*build the shards again") as caught:
         list(train_batches(train_examples(tmp_path / "train"), BatchPlan(31, 31, 0, 1), 0, 1, workers))
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though `caught` has the frames of all who took part
 
 
 def test_workers_die_with_their_process(shards):
