@@ -8,11 +8,11 @@ usage() {
 usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
 Draws faces, packs them, and measures one experiment after the other with train.benchmark, and single parts of a step with
-benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100. What does
-not fit is said, and passed over.
+benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100, by estimate.
+What does not fit is said, and passed over. OUT must not exist.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
-  STEPS     measured in each (default 20)
+  STEPS     measured in each, in rounds of 5 (default 20)
   SIZE      height,width (default 1024,768)
   FACES     that are drawn (default 64)
 TEXT
@@ -22,8 +22,7 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 out=${1:-outputs/gpu}
 python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
-RUNS=${RUNS:-"face_0.3b none 4 zero1 yes
-face_0.3b none 8 zero1 yes
+RUNS=${RUNS:-"face_0.3b none 8 zero1 yes
 face_0.3b none 8 zero1 yes compile=true
 face_0.3b none 8 zero1 no compile=true augment.on_device=true
 face_0.3b head 16 zero1 no
@@ -34,10 +33,13 @@ face_1b none 2 zero1 no compile=true
 face_1b head 4 zero1 no
 face_1b blocks 8 zero1 yes
 face_2b blocks 4 zero2 no
+sapiens2_29_0.1b none 16 zero1 no
+sapiens2_29_0.4b none 8 zero1 no
+sapiens2_29_0.8b head 4 zero1 no
 sapiens2_29_1b head 4 zero1 no
 sapiens2_29_5b blocks 2 zero2_offload no"}
 
-rm -rf "$out"
+[ -e "$out" ] && { echo "error: $out exists; remove it, or name another folder" >&2; exit 1; }
 mkdir -p "$out"
 $python -m data.synthetic --out "$out/faces" --count "${FACES:-64}" --size 512 --seed 0
 $python -m data.build_shards --dataset facesynthetics --root "$out/faces" --out "$out/shards" --val-fraction 0 >"$out/shards.txt"

@@ -28,7 +28,10 @@ from train.clock import StepClock
 from train.config import load_config
 
 # One micro batch a step, for the peer's loss is a mean over each; no dropout, which the peer draws from the running state.
-EQUAL = ["micro_batch_size=8", "global_batch_size=8", "model.dropout=0", "optimizer.lr=2e-3", "data.rare_share=null"]
+EQUAL = [
+    "precision=fp32", "micro_batch_size=8", "global_batch_size=8", "model.dropout=0", "optimizer.lr=2e-3",
+    "data.rare_share=null",
+]  # fmt: skip
 VIEWS = ["augment.scale=[0.5,2]", "augment.rotate_probability=0.5", "augment.photometric=true", "augment.max_class_share=0.9"]
 RUNS = {
     "plain": [],

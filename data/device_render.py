@@ -34,7 +34,7 @@ def with_labels(batch: Batch, label_set: LabelSet, device: torch.device) -> Batc
     labels = patches.flatten(1).gather(1, _nearest(batch.views, device).flatten(1))
     same, mirror = np.arange(256, dtype=np.uint8), label_set.flip_table()
     tables = np.stack([mirror if view.flipped else same for view in batch.views])
-    labels = torch.from_numpy(tables).to(device).gather(1, labels.long()).view_as(patches)
+    labels = _sent(tables, device).gather(1, labels.long()).view_as(patches)
     labels = labels.masked_fill(_outside(batch.views, device), label_set.ignore_index)
     rows = 256 * torch.arange(len(labels), device=device)
     counts = torch.bincount((labels.flatten(1) + rows[:, None]).flatten(), minlength=256 * len(labels))
@@ -47,12 +47,17 @@ def images_on(batch: Batch, device: torch.device) -> Tensor:
     if batch.views is None:
         return images
     images = _warped(_coloured(images.float(), [view.colour for view in batch.views]), batch.views)
-    fill, outside = torch.tensor(IMAGE_FILL, dtype=torch.float32, device=device)[:, None, None], _outside(batch.views, device)
+    fill, outside = _sent(np.float32(IMAGE_FILL), device)[:, None, None], _outside(batch.views, device)
     images = torch.where(outside[:, None], fill, images)
     for row, view in enumerate(batch.views):
         if view.background or view.blur or view.noise:
             images[row] = torch.where(outside[row], fill, _degraded(images[row], batch.labels[row], view))
     return images.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)
+
+
+def _sent(values: np.ndarray | list, device: torch.device) -> Tensor:
+    """What is small, without waiting until the device has done what it was given before."""
+    return torch.from_numpy(np.asarray(values)).to(device, non_blocking=True)
 
 
 def _to_place(view: View, size: tuple[int, int]) -> np.ndarray:
@@ -67,7 +72,7 @@ def _to_place(view: View, size: tuple[int, int]) -> np.ndarray:
 def _whole_points(matrices: list[np.ndarray], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Two int64 (B, H, W): where the pixels' centres of an output of `size` (H, W) come to, x and y, in 1 / ONE of a pixel."""
     centred = np.stack([np.column_stack([matrix[:, :2], matrix @ (0.5, 0.5, 1)]) for matrix in matrices])
-    steps = torch.from_numpy(np.round(centred * ONE).astype(np.int64)).to(device)[..., None, None]  # (B, 2, 3, 1, 1)
+    steps = _sent(np.round(centred * ONE).astype(np.int64), device)[..., None, None]  # (B, 2, 3, 1, 1)
     x, y = torch.arange(size[1], device=device), torch.arange(size[0], device=device)[:, None]
     return tuple(steps[:, i, 0] * x + steps[:, i, 1] * y + steps[:, i, 2] for i in range(2))
 
@@ -75,7 +80,7 @@ def _whole_points(matrices: list[np.ndarray], size: tuple[int, int], device: tor
 def _outside(views: list[View], device: torch.device) -> Tensor:
     """bool (B, H, W): not in the rotated and mirrored place."""
     x, y = _whole_points([_to_place(view, view.place[2:]) for view in views], views[0].size, device)
-    ends = torch.tensor([view.place[2:] for view in views], device=device)[..., None, None] * ONE
+    ends = _sent([view.place[2:] for view in views], device)[..., None, None] * ONE
     return (x < 0) | (x >= ends[:, 0]) | (y < 0) | (y >= ends[:, 1])
 
 
@@ -84,10 +89,10 @@ def _nearest(views: list[View], device: torch.device) -> Tensor:
     any where it lies outside."""
     height, width = views[0].size
     x, y = _whole_points([_to_place(view, view.label_patch) for view in views], (height, width), device)
-    last = torch.tensor([view.label_patch for view in views], device=device)[..., None, None] - 1
+    last = _sent([view.label_patch for view in views], device)[..., None, None] - 1
     x, y = (torch.minimum((axis // ONE).clamp_(min=0), last[:, i]) for i, axis in enumerate((x, y)))
-    turned = torch.tensor([view.degrees != 0 for view in views], device=device)[:, None, None]
-    columns, rows = (torch.from_numpy(np.stack(steps)).to(device) for steps in zip(*map(_upright, views), strict=True))
+    turned = _sent([view.degrees != 0 for view in views], device)[:, None, None]
+    columns, rows = (_sent(np.stack(steps), device) for steps in zip(*map(_upright, views), strict=True))
     return torch.where(turned, y * width + x, rows[:, :, None] * width + columns[:, None, :])
 
 
@@ -108,7 +113,7 @@ def _warped(patches: Tensor, views: list[View]) -> Tensor:
     goes on for half a pixel: `render.cut` has seen to that."""
     height, width = views[0].size
     matrices = np.stack([_to_place(view, view.image_patch) for view in views]).astype(np.float32)
-    matrices = torch.from_numpy(matrices).to(patches.device)[..., None, None]
+    matrices = _sent(matrices, patches.device)[..., None, None]
     x = torch.arange(width, device=patches.device) + 0.5
     y = torch.arange(height, device=patches.device)[:, None] + 0.5
     axes = []
@@ -123,7 +128,7 @@ def _coloured(images: Tensor, colours: list[Colour]) -> Tensor:
     but hue and saturation are not rounded on the way. What is not distorted comes out as it was, to the bit."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None, None]
+        return _sent(np.float32(values), images.device)[:, None, None, None]
 
     images = images.add_(column([floor(colour.brightness) for colour in colours])).clamp_(0, 255)
     images = _scaled(images, column([colour.contrast if colour.contrast_first else 1.0 for colour in colours]))
@@ -157,7 +162,7 @@ def _degraded(image: Tensor, label: Tensor, view: View) -> Tensor:
     if view.background:
         background, cells = view.background
         clouds = np.random.default_rng(view.seed).integers(0, 256, (cells, cells, 3), np.uint8)
-        clouds = torch.from_numpy(clouds).to(image.device).permute(2, 0, 1)[None].float()
+        clouds = _sent(clouds, image.device).permute(2, 0, 1)[None].float()
         clouds = F.interpolate(clouds, view.size, mode="bilinear", align_corners=False)[0]
         image = torch.where(label == background, clouds, image)
     if view.blur:
@@ -176,6 +181,6 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
     for axis in (1, 2):
         length = image.shape[axis]
         mirrored_border = np.pad(np.arange(length), size // 2, mode="reflect")
-        wide = image.index_select(axis, torch.from_numpy(mirrored_border).to(image.device))
+        wide = image.index_select(axis, _sent(mirrored_border, image.device))
         image = sum(weight * wide.narrow(axis, start, length) for start, weight in enumerate(weights))
     return image

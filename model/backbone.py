@@ -75,7 +75,8 @@ class Bf16Rope(RotaryEmbeddingDinoV3):
 
 class GroupedAttention(AttentionRope):
     """Sapiens2's, of its middle blocks, where two heads of queries share one of keys and values. timm's repeats those for the
-    second head, and keeps them so for the backward pass; here the kernels do without. The result is the same to the bit.
+    second head, and keeps them so for the backward pass; here the kernels do without. The output is the same to the bit,
+    gradients but for rounding.
     """
 
     def forward(self, x: Tensor, rope: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
@@ -83,7 +84,8 @@ class GroupedAttention(AttentionRope):
         assert attn_mask is None and not is_causal, "every token sees all others"
         q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._turned(self.q_norm(q), rope).type_as(v), self._turned(self.k_norm(k), rope).type_as(v)
-        repeats = x.is_cuda and v.dtype == torch.float32  # no kernel there that would not hold all N x N weights
+        # Flash attention alone takes groups on CUDA; without it all N x N weights would be held.
+        repeats = x.is_cuda and (v.dtype == torch.float32 or torch.cuda.get_device_properties(x.device).major < 8)
         if repeats:
             k, v = (tensor.repeat_interleave(self.num_kv_groups, dim=1) for tensor in (k, v))
         x = F.scaled_dot_product_attention(q, k, v, enable_gqa=not repeats)

@@ -59,7 +59,11 @@ def test_two_processes(shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [(["data.train=nowhere"], "nowhere"), (["micro_batch_size=3"], "micro_batch_size"), (["misspelt=1"], "misspelt")],
+    [
+        (["data.train=nowhere"], "nowhere"), (["micro_batch_size=3"], "micro_batch_size"), (["misspelt=1"], "misspelt"),
+        (["precision=fp16", "--compare", "plain"], "fp16"), (["--json", "train"], "train cannot be written: Is a directory"),
+        (["--trace", "README.md/trace.json"], "README.md/trace.json cannot be written"),
+    ],  # fmt: skip
 )
 def test_mistakes_are_told_in_a_line(shards, tmp_path, overrides, words):
     done = benchmark("--config", *experiment(shards, tmp_path / "run", *overrides))

@@ -31,7 +31,7 @@ NO_MESSAGES = {
         "export: MB, its logits differ by", "trial_sum: s GB/s bus bandwidth", "run: at x classes training and",
         "data_findings: training images of", "data_findings: of each set", "data_findings: look at", "doctor: a new run in",
         "doctor: fresh: load_from", "doctor: measured in", "doctor: whose checksums", "doctor: devices that",
-        "benchmark: views on",
+        "benchmark: views on", "benchmark: half of the steps",
         "benchmark: x images x", "benchmark: train.doctor predicts", "doctor: hours at", "doctor: GB are needed on",
         "doctor: none asked", "doctor: the checkpoint's", "doctor: the steps that are left", "remedies: GB of each",
         "data_findings: validation images",

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ class Side:
         rate = images / seconds
         return {
             "step_ms": 1e3 * seconds,
+            "quartiles_ms": statistics.quantiles([1e3 * sum(lap.values()) for lap in laps], n=4)[::2],  # the first and third
             **{f"{phase}_ms": 1e3 * statistics.median(lap.get(phase, 0.0) for lap in laps) for phase in PHASES},
             "images_per_second": rate,
             "tflops": rate * flops / 1e12,
@@ -210,7 +211,8 @@ def _trace(side: Side, path: Path) -> None:
     """Writes what Chrome's about:tracing and Perfetto show, and prints what took longest."""
     with torch.profiler.profile() as profiler:
         side.take(TRACED)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not side.job.is_main:
+        return
     profiler.export_chrome_trace(str(path))
     by = "self_cuda_time_total" if side.job.on_gpu else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60))
@@ -233,8 +235,9 @@ def table(found: dict[str, Any]) -> str:
         told = "".join(f"{'-' if value is None else format(value, form):>10}" for value in values)
         ratio = f"{values[0] / values[1]:>10.2f}" if len(values) == 2 and all(values) else ""
         lines.append(f"{title:<16}{told}{ratio}")
-    lines.append(f"train.doctor predicts {found['predicted_gb']:.2f} GB of tensors")
-    return "\n".join(lines)
+    spreads = [f"{name} {side['quartiles_ms'][0]:.1f} to {side['quartiles_ms'][1]:.1f} ms" for name, side in sides.items()]
+    lines.append(f"half of the steps took: {', '.join(spreads)}")
+    return "\n".join([*lines, f"train.doctor predicts {found['predicted_gb']:.2f} GB of tensors"])
 
 
 @contextmanager
@@ -272,17 +275,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: --compare plain: the peer is one process; start one, or leave it out")
+    is_main = os.environ.get("RANK", "0") == "0"
+    for path in filter(None, (args.json, args.trace) if is_main else ()):  # before minutes of measuring
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.open("a") if path.exists() else TemporaryFile(dir=path.parent)).close()
+        except OSError as error:
+            sys.exit(f"error: {path} cannot be written: {error.strerror}; name another file")
     try:
         with synthetic_data(args.synthetic_data) as overrides:
             config = load_config(args.config, [*args.overrides, *overrides])
+            if args.compare and config.precision == "fp16":
+                raise TrainError("--compare plain: the peer scales no losses, as fp16 wants it; set precision to bf16 or fp32")
             found = measure(config, args.compare is not None, args.steps, args.warm_up, args.trace)
     except (TrainError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")
-    if int(os.environ["RANK"]) == 0:
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(found, indent=1))
+    if is_main:
         print(table(found))
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

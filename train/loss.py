@@ -13,7 +13,8 @@ from train import TrainError
 
 UNSEEN = -1e4  # a logit that takes no part in a softmax; finite, for resizing would make NaN of infinities
 DICE_SMOOTH = 1e-3  # in pixels, as in Sapiens2
-AT_ONCE = 2**24  # logits at the labels' size, in fp32: 64 MB, of which there are three while a loss is computed
+# Logits at the labels' size, in fp32: 64 MB, three times while a loss is computed; four with smoothing, six with Dice.
+AT_ONCE = 2**24
 
 
 def class_weights(setting: str | list[float], pixel_counts: np.ndarray, label_set: LabelSet) -> torch.Tensor:
@@ -128,7 +129,7 @@ class PixelLoss:
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         log_p, ignore = F.log_softmax(logits, dim=1), self.label_set.ignore_index
-        weights = self.weights.to(logits.device)
+        weights = self.weights.to(logits.device, non_blocking=True)
         loss = F.nll_loss(log_p, labels.long(), weights, ignore_index=ignore, reduction="sum")
         if class_sums is not None:
             each = F.nll_loss(log_p.detach(), labels.long(), ignore_index=ignore, reduction="none")
