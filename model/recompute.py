@@ -1,6 +1,7 @@
 """Activations that are computed again in the backward pass instead of being kept for it."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,12 @@ def recompute(model: "Segmenter", what: str | int) -> None:
 
 
 def _wrap(module: nn.Module) -> None:
-    module.__class__ = type(type(module).__name__, (Recomputed, type(module)), {})
+    module.__class__ = _recomputed(type(module))
+
+
+@cache  # torch.compile compiles a block anew for each class, and leaves the ninth as it is
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (Recomputed, kind), {})
 
 
 def kept_bytes(model: nn.Module, images: Tensor, seeds: Tensor) -> int:

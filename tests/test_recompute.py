@@ -1,7 +1,10 @@
 """Recomputation keeps less, and changes nothing."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from torch import nn
 
 from model.recompute import kept_bytes, recompute
 from model.segmenter import Segmenter, build_segmenter
@@ -40,6 +43,18 @@ def test_less_is_kept(arch):
         kept[mode], two = (kept_bytes(model, images(n, (32, 48)), torch.arange(n)) for n in (1, 2))
         assert two == pytest.approx(2 * kept[mode], rel=0.01)
     assert kept["none"] > kept["head"] > max(kept["attention"], kept["mlp"]) > kept[2] > kept["blocks"]
+
+
+@pytest.mark.parametrize("mode", ["blocks", "mlp"])
+def test_blocks_are_compiled_however_many_there_are(mode):
+    model = build("tiny", "none", drop_path=0)
+    model.backbone.blocks = nn.Sequential(*(deepcopy(model.backbone.blocks[0]) for _ in range(10)))
+    recompute(model, mode)
+    for block in model.backbone.blocks:
+        block.compile(backend="eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model(images(1, (32, 48)), torch.arange(1)).square().mean().backward()
 
 
 def test_prediction_keeps_nothing():
