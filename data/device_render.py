@@ -136,7 +136,8 @@ def _coloured(images: Tensor, colours: list[Colour]) -> Tensor:
     rows = [row for row, colour in enumerate(colours) if colour.hue or colour.saturation != 1]
     if rows:
         saturation, turns = (column([getattr(colours[row], name) for row in rows])[:, 0] for name in ("saturation", "hue"))
-        images[rows] = _turned(images[rows], saturation, turns / 180).round_()
+        which = _sent(rows, images.device)
+        images.index_copy_(0, which, _turned(images.index_select(0, which), saturation, turns / 180).round_())
     return _scaled(images, column([1.0 if colour.contrast_first else colour.contrast for colour in colours]))
 
 

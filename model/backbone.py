@@ -166,7 +166,7 @@ class SampleDropPath(nn.Module):
         if not self.training:
             return x
         assert self.keep is not None, "draw_drop_path comes before a forward pass in training"
-        return x * self.keep[:, None, None].to(x)
+        return x * self.keep[:, None, None].to(x, non_blocking=True)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

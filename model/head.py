@@ -29,7 +29,7 @@ class SampleDropout2d(nn.Module):
         generator = torch.Generator()
         draws = [torch.rand(x.shape[1], generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
         keep = (torch.stack(draws) >= self.p) / (1 - self.p)
-        return x * keep[:, :, None, None].to(x)
+        return x * keep[:, :, None, None].to(x, non_blocking=True)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -52,7 +52,8 @@ class NormKeptByOutput(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         normed, scales = ctx.saved_tensors
         flat = gradient.reshape(normed.shape).contiguous()  # in another order of memory than `normed` the kernel reads it wrongly
-        # Of a norm with the weights `scales`, whose input had the mean 0 and the deviation 1 already.
+        # scales * (g - mean(g) - normed * mean(g * normed)): the gradient of a norm with the weights `scales`, whose input
+        # had the mean 0 and the deviation 1 already.
         zeros, ones = torch.zeros_like(scales), torch.ones_like(scales)
         inputs, *_ = torch.ops.aten.native_batch_norm_backward(
             flat, normed, scales, None, None, zeros, ones, True, 0.0, [True, False, False]

@@ -53,7 +53,7 @@ def train_step(
     for batch in micro_batches:
         clock.enter("forward")
         logits = engine(images_on(batch, job.device), batch.seeds)  # (B, C, h, w)
-        labelled = None if batch.labelled is None else batch.labelled.to(job.device)
+        labelled = None if batch.labelled is None else batch.labelled.to(job.device, non_blocking=True)
         share = loss.share(logits, batch.labels.to(job.device, non_blocking=True), totals, labelled, sums)
         clock.enter("backward")
         engine.backward(share * factor)
