@@ -7,14 +7,13 @@ usage() {
   cat <<'TEXT'
 usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
-Draws faces, packs them, and measures one experiment after the other with train.benchmark, and single parts of a step with
+Measures one experiment after the other with train.benchmark, on faces that it draws, and single parts of a step with
 benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100, by estimate.
 What does not fit is said, and passed over. OUT must not exist.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
   STEPS     measured in each, in rounds of 5 (default 20)
   SIZE      height,width (default 1024,768)
-  FACES     that are drawn (default 64)
 TEXT
 }
 
@@ -25,36 +24,34 @@ python=python
 RUNS=${RUNS:-"face_0.3b none 8 zero1 yes
 face_0.3b none 8 zero1 yes compile=true
 face_0.3b none 8 zero1 no compile=true augment.on_device=true
-face_0.3b head 16 zero1 no
-face_0.3b blocks 16 zero1 no
+face_0.3b head 12 zero1 no
+face_0.3b blocks 12 zero1 no
 face_0.6b none 4 zero1 no
 face_1b none 2 zero1 yes
 face_1b none 2 zero1 no compile=true
 face_1b head 4 zero1 no
-face_1b blocks 8 zero1 yes
+face_1b blocks 6 zero1 yes
 face_2b blocks 4 zero2 no
 sapiens2_29_0.1b none 16 zero1 no
 sapiens2_29_0.4b none 8 zero1 no
 sapiens2_29_0.8b head 4 zero1 no
-sapiens2_29_1b head 4 zero1 no
+sapiens2_29_1b head 3 zero1 no
 sapiens2_29_5b blocks 2 zero2_offload no"}
 
 [ -e "$out" ] && { echo "error: $out exists; remove it, or name another folder" >&2; exit 1; }
 mkdir -p "$out"
-$python -m data.synthetic --out "$out/faces" --count "${FACES:-64}" --size 512 --seed 0
-$python -m data.build_shards --dataset facesynthetics --root "$out/faces" --out "$out/shards" --val-fraction 0 >"$out/shards.txt"
 while read -r recipe recompute batch zero compare more; do
   name=${recipe}_${recompute}_${batch}_$zero${more:+_${more// /_}}
   read -ra options <<<"$more"
   if [ "$compare" = yes ]; then options+=(--compare plain); fi
   echo "== $name"
-  # Its loss and background belong to other classes; a step of one micro batch is what is measured.
-  $python -m train.benchmark --config "train/configs/$recipe.yaml" --steps "${STEPS:-20}" --json "$out/$name.json" "${options[@]}" \
-    "data.train=$out/shards/train" data.rare_share=null loss.class_weights=none augment.background_class=0 \
-    "deepspeed=ds_configs/$zero.json" "model.recompute=$recompute" "model.image_size=[${SIZE:-1024,768}]" \
-    "micro_batch_size=$batch" "global_batch_size=$batch" </dev/null >"$out/$name.txt" 2>&1 ||
-    { echo "not measured: $(tail -n 1 "$out/$name.txt")"; continue; }
-  tail -n 14 "$out/$name.txt"
+  # A step of one micro batch is what is measured.
+  $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "${STEPS:-20}" \
+    --json "$out/$name.json" "${options[@]}" "deepspeed=ds_configs/$zero.json" "model.recompute=$recompute" \
+    "model.image_size=[${SIZE:-1024,768}]" "micro_batch_size=$batch" "global_batch_size=$batch" \
+    </dev/null >"$out/$name.txt" 2>&1 ||
+    { echo "not measured: $(grep '^error:' "$out/$name.txt" || tail -n 1 "$out/$name.txt")"; continue; }
+  tail -n 15 "$out/$name.txt"
 done <<<"$RUNS"
 size=${SIZE:-1024,768}
 $python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" >"$out/optimisations.md" 2>"$out/optimisations.txt" ||

@@ -32,9 +32,10 @@ def test_a_frozen_backbone_only_goes_forward():
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA RTX A4000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362), ("NVIDIA RTX A1000", None), ("Something new", None),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA RTX A4000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A1000", None), ("Something new", None),
     ],
 )  # fmt: skip
 def test_a_peak_is_known_of_whole_gpus(name, tflops):

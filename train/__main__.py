@@ -9,6 +9,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,15 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-4")
     args = parser.parse_args()
-    try:
+    with errors_in_a_line():
         run(load_config(args.config, args.overrides), args.check, args.for_gpus)
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Ends the process, with the reason and a remedy instead of a traceback, for what its user can mend."""
+    try:
+        yield
     except (TrainError, DataError, ModelError) as error:
         _leave(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -5,7 +5,7 @@
 Builds the experiment's own model, engine and loader, warms up, and prints a step's milliseconds by phase, images a second, and on
 a GPU TFLOP/s, MFU and memory, beside what train.doctor predicts of it. `--compare plain` measures in turns with it what one would
 write without this repository: timm's backbone and the head in eager PyTorch with autocast, and fused AdamW, from the same loader.
-All figures are medians of single steps.
+Figures are medians of single steps, but of the wait for data the mean: workers deliver many batches at once, and then none.
 """
 
 import argparse
@@ -15,43 +15,29 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from data import DataError
 from data.arguments import whole_number
 from data.batch import Batch
 from data.build_shards import main as build_shards
-from data.loader import TrainExamples, train_batches
-from data.mixture import Mixture
-from data.order import BatchPlan
-from data.remote import FileCache
+from data.loader import PREFETCH
 from data.synthetic import write_dataset
-from model import ModelError
-from model.segmenter import Segmenter
 from train import TrainError
-from train.__main__ import check
+from train.__main__ import errors_in_a_line
 from train.clock import StepClock
-from train.config import Config, load_config, training_order
-from train.ema import Ema
-from train.engine import Job, build_engine, join_job
+from train.config import Config, load_config
+from train.engine import Job
 from train.flops import peak_flops, training_flops
 from train.host_facts import packages, revision
-from train.loop import train_step
-from train.loss import PixelLoss, class_weights
-from train.masters import Masters
 from train.memory import Estimate
-from train.optim import lr_scales, set_lr
-from train.peer import Plain
-from train.run import build_model, prepare
+from train.opened import Opened, Step
 
 ROUND = 5  # steps of one side before the other has its turn
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -62,30 +48,6 @@ ROWS = {
     "images_per_second": ("images/s", ".2f"), "tflops": ("TFLOP/s", ".2f"), "mfu": ("MFU", ".1%"),
     "peak_gb": ("peak GB", ".2f"), "reserved_gb": ("reserved GB", ".2f"),
 }  # fmt: skip
-Step = Callable[[list[Batch]], float]  # an optimizer step; returns its loss
-
-
-def build_ours(
-    model: Segmenter, config: Config, settings: dict[str, Any], weights: Tensor, data: Mixture, clock: StepClock, job: Job
-) -> Step:
-    """What train.loop does in a step that is neither shown nor saved."""
-    prepare(model, config)
-    scales = lr_scales(model, config.optimizer)
-    engine = build_engine(model, config, settings)
-    masters = Masters(engine, scales)
-    ema = Ema(masters, config.ema.decay) if config.ema.decay is not None else None
-    loss = PixelLoss(weights, data.label_set, config.loss.label_smoothing, config.loss.dice)
-    engine.train()
-    set_lr(engine.optimizer, config.optimizer.lr)
-
-    def step(micro_batches: list[Batch]) -> float:
-        value, _ = train_step(engine, micro_batches, loss, job, clock, per_class=False)
-        engine.get_global_grad_norm()
-        if ema:
-            ema.update(step=0)
-        return value
-
-    return step
 
 
 class Side:
@@ -113,81 +75,56 @@ class Side:
             self.memory.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
 
     def figures(self, rounds: int, images: int, flops: int, peak: float | None, others: int) -> dict[str, Any]:
-        """Of the last rounds, for each process; None: not to be had here.
+        """Of the last rounds; None: not to be had here.
 
         Args:
-            images: of a step and process.  flops: of an image.  peak: the device's, in FLOP/s.
+            images: of a step, in all processes.  flops: of an image.  peak: the device's, in FLOP/s.
             others: bytes on the device that are the other side's.
         """
         laps, memory = self.laps[-rounds * ROUND :], self.memory[-rounds:]
-        seconds = statistics.median(sum(lap.values()) for lap in laps)
-        rate = images / seconds
+        data = statistics.fmean(lap["data"] for lap in laps)
+        seconds = data + statistics.median(sum(lap.values()) - lap["data"] for lap in laps)
+        speed = images / self.job.world_size * flops / seconds  # of a device, in FLOP/s
         return {
             "step_ms": 1e3 * seconds,
             "quartiles_ms": statistics.quantiles([1e3 * sum(lap.values()) for lap in laps], n=4)[::2],  # the first and third
             **{f"{phase}_ms": 1e3 * statistics.median(lap.get(phase, 0.0) for lap in laps) for phase in PHASES},
-            "images_per_second": rate,
-            "tflops": rate * flops / 1e12,
-            "mfu": rate * flops / peak if peak else None,
+            "data_ms": 1e3 * data,
+            "images_per_second": images / seconds,
+            "tflops": speed / 1e12,
+            "mfu": speed / peak if peak else None,
             "peak_gb": (max(peak for peak, _ in memory) - others) / 1e9 if self.job.on_gpu else None,
             "reserved_gb": (max(kept for _, kept in memory) - others) / 1e9 if self.job.on_gpu else None,
-            "losses": self.losses,
+            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],  # JSON has no NaN
         }
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An experiment, as a run opens it, up to its model and its first batch."""
-
-    config: Config
-    settings: dict[str, Any]  # DeepSpeed's, resolved
-    job: Job
-    data: Mixture
-    model: Segmenter
-    class_weights: Tensor
-    batches: Generator[list[Batch]]  # close it
-
-    @classmethod
-    def by(cls, config: Config, steps: int) -> "Opened":
-        """Every process of the job must call it. Raises TrainError, DataError, ModelError."""
-        job = join_job()
-        data = Mixture.open(config.data.train, FileCache(config.data.cache, round(config.data.cache_gigabytes * 1e9)))
-        settings = check(config, data, None, job.world_size, job.on_gpu)
-        torch.manual_seed(config.seed)
-        model = build_model(config, data.label_set.num_classes)
-        weights = class_weights(config.loss.class_weights, data.pixel_counts, data.label_set)
-        plan = BatchPlan(config.global_batch_size, config.micro_batch_size, job.rank, job.world_size)
-        examples = TrainExamples(data, training_order(config, data), config.model.image_size, config.augment)
-        batches = train_batches(examples, plan, 0, steps, config.data.workers, config.data.max_bad_fraction, job.on_gpu)
-        return cls(config, settings, job, data, model, weights, batches)
-
-    def step(self, side: str, clock: StepClock) -> Step:
-        """An optimizer step of "ours" or of the "plain" peer, which has to be asked for first: ours takes the weights."""
-        if side == "plain":
-            return Plain(self.model, self.config, self.class_weights, self.data.label_set, clock, self.job).step
-        return build_ours(self.model, self.config, self.settings, self.class_weights, self.data, clock, self.job)
 
 
 def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path | None) -> dict[str, Any]:
     """What the command prints. Every process of the job must call it. Raises TrainError, DataError, ModelError."""
     rounds = math.ceil(steps / ROUND)
-    found = Opened.by(config, (warm_up + rounds * ROUND) * (1 + compare) + TRACED)
+    ahead = PREFETCH * config.data.workers  # micro batches that workers may have made while models were built and compiled
+    found = Opened.by(config, (warm_up + rounds * ROUND) * (1 + compare) + ahead + TRACED)
     job, data, settings = found.job, found.data, found.settings
-    clock, sides, own = StepClock(job.on_gpu), {}, {}
+    label_set, images = data.label_set, config.global_batch_size
+    flops, peak = training_flops(config, label_set.num_classes), peak_flops(config, job.device)
+    clock, sides = StepClock(job.on_gpu), {}
+    resident: dict[str, int] = {}  # bytes of each side between its steps: on the device during those of the other as well
     with closing(found.batches):
         before = _allocated(job)
         for name in ("plain", "ours") if compare else ("ours",):
             sides[name] = Side(found.step(name, clock), found.batches, clock, job)
             sides[name].take(warm_up)
-            own[name] = _allocated(job) - before - sum(own.values())
+            resident[name] = _allocated(job) - before - sum(resident.values())
+        for _ in range(math.ceil(ahead / settings["gradient_accumulation_steps"])):  # else they hide how slow the workers are
+            next(found.batches)
         for _ in range(rounds):
             for side in sides.values():
                 side.take(ROUND)
+        others = {name: sum(resident.values()) - resident[name] for name in sides}
+        figures = {name: sides[name].figures(rounds, images, flops, peak, others[name]) for name in reversed(sides)}
         if trace:
             _trace(sides["ours"], trace)
-    flops, peak = training_flops(config, data.label_set.num_classes), peak_flops(config, job.device)
-    predicted = Estimate(data.label_set, bool(data.labelled.all()), job.world_size).memory(config, settings).device
-    images = config.global_batch_size // job.world_size
+    predicted = Estimate(label_set, bool(data.labelled.all()), job.world_size).memory(config, settings).device
     return {
         "arch": config.model.arch, "image_size": config.model.image_size, "recompute": config.model.recompute,
         "compile": config.compile, "on_device": config.augment.on_device,
@@ -195,10 +132,7 @@ def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path
         "micro_batch_size": config.micro_batch_size, "accumulation": settings["gradient_accumulation_steps"],
         "device": torch.cuda.get_device_name() if job.on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "steps": rounds * ROUND, "predicted_gb": predicted / 1e9, "revision": revision(), "packages": packages(),
-        "sides": {
-            name: sides[name].figures(rounds, images, flops, peak, sum(own.values()) - own[name])
-            for name in ("ours", "plain") if name in sides
-        },
+        "sides": figures,
     }  # fmt: skip
 
 
@@ -255,8 +189,11 @@ def synthetic_data(wanted: bool) -> Iterator[list[str]]:
             )
         if code:
             raise TrainError("--synthetic-data: the drawn faces could not be packed, see above")
-        # Its label set has neither the weights nor the backgrounds of others.
-        yield [f"data.train={shards / 'train'}", "data.rare_share=null", "loss.class_weights=none", "augment.background_class=0"]
+        # Its label set has neither the weights nor the backgrounds of others; epochs of so few images may end in a warm-up.
+        yield [
+            f"data.train={shards / 'train'}", "data.rare_share=null", "loss.class_weights=none", "augment.background_class=0",
+            "schedule.warmup_steps=0",
+        ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -282,14 +219,12 @@ def main(argv: list[str] | None = None) -> None:
             (path.open("a") if path.exists() else TemporaryFile(dir=path.parent)).close()
         except OSError as error:
             sys.exit(f"error: {path} cannot be written: {error.strerror}; name another file")
-    try:
-        with synthetic_data(args.synthetic_data) as overrides:
-            config = load_config(args.config, [*args.overrides, *overrides])
-            if args.compare and config.precision == "fp16":
-                raise TrainError("--compare plain: the peer scales no losses, as fp16 wants it; set precision to bf16 or fp32")
-            found = measure(config, args.compare is not None, args.steps, args.warm_up, args.trace)
-    except (TrainError, DataError, ModelError) as error:
-        sys.exit(f"error: {error}")
+    with errors_in_a_line(), synthetic_data(args.synthetic_data) as overrides:
+        config = load_config(args.config, [*args.overrides, *overrides])
+        if args.compare and config.precision == "fp16":
+            raise TrainError("--compare plain: the peer scales no losses, as fp16 wants it; set precision to bf16 or fp32")
+        found = measure(config, args.compare is not None, args.steps, args.warm_up, args.trace)
+        torch.distributed.destroy_process_group()
     if is_main:
         print(table(found))
         if args.json:

@@ -71,6 +71,7 @@ def join_job() -> Job:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is to be fp32: torch's default is to convolve in less
     else:
         local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # else the ranks fight for the cores
@@ -91,8 +92,6 @@ def build_engine(model: Segmenter, config: Config, settings: dict) -> DeepSpeedE
     if stage(settings) == 0:
         optimizer.clip_norm = config.optimizer.clip_norm
         settings = settings | {"gradient_clipping": 0.0}
-    if config.precision == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # torch's default is to convolve in less
     # Its warning is of an optimizer that it does not know: tests/test_stages.py compares ours with PyTorch's at every stage.
     deepspeed_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     gc.freeze()  # its bf16 optimizer collects garbage twice for each group: half a minute of looking through all of PyTorch

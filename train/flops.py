@@ -11,9 +11,9 @@ from train.optim import freeze
 
 # Dense bf16 and fp16, in TFLOP/s, from the makers' data sheets; the first name that occurs in the device's.
 PEAKS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 4090": 165,
-    "RTX 3090": 71,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155,
+    "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from model.segmenter import Segmenter, has_weight_decay, normalize
 from train.clock import StepClock
 from train.config import Config
 from train.engine import Job
+from train.optim import freeze
 
 
 class Plain:
@@ -28,8 +29,10 @@ class Plain:
     def __init__(
         self, model: Segmenter, config: Config, weights: Tensor, label_set: LabelSet, clock: StepClock, job: Job
     ) -> None:
-        head = deepcopy(model.decode_head)
-        self.backbone = deepcopy(model.backbone).to(job.device).train()
+        model = deepcopy(model)
+        freeze(model, config.model.freeze)
+        head = model.decode_head
+        self.backbone = model.backbone.to(job.device).train()
         self.backbone.set_grad_checkpointing(config.model.recompute not in ("none", "head"))
         dropout = nn.Dropout2d(config.model.dropout)
         self.head = nn.Sequential(*head.deconv_layers, *head.conv_layers, dropout, head.conv_seg).to(job.device).train()
@@ -37,6 +40,7 @@ class Plain:
             if isinstance(module, GroupedAttention | InstanceNorm2d | PointwiseConv2d):  # as they are without this repository
                 module.__class__ = type(module).__base__
         named = [*self.backbone.named_parameters(), *self.head.named_parameters()]
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         wanted = config.optimizer
         groups = [
