@@ -161,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
         f"{', views on the device' if found['on_device'] else ''}, "
         f"{found['deepspeed']}",
         f"{found['processes']} x {found['device']}; {found['micro_batch_size']} images x {found['accumulation']} accumulated "
-        f"on each; medians of {found['steps']} steps",
+        f"on each; medians of {found['steps']} steps, of data the mean",
         f"{'':<16}{''.join(f'{name:>10}' for name in sides)}" + (f"{'ratio':>10}" if len(sides) > 1 else ""),
     ]
     for key, (title, form) in ROWS.items():
