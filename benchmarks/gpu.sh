@@ -30,7 +30,7 @@ face_0.6b none 4 zero1 no
 face_1b none 2 zero1 yes
 face_1b none 2 zero1 no compile=true
 face_1b head 4 zero1 no
-face_1b blocks 6 zero1 yes
+face_1b blocks 5 zero1 yes
 face_2b blocks 4 zero2 no
 sapiens2_29_0.1b none 16 zero1 no
 sapiens2_29_0.4b none 8 zero1 no

@@ -14,12 +14,12 @@ COLUMNS = {
 
 
 def row(found: dict) -> list[str]:
-    ours, plain = found["sides"]["ours"], found["sides"].get("plain")
+    ours = found["sides"]["ours"]
     what = f"{found['arch']} {'x'.join(map(str, found['image_size']))}"
     options = " ".join(name for name in ("compile", "on_device") if found[name]) or "-"
     setting = [what, str(found["recompute"]), options, str(found["micro_batch_size"]), Path(found["deepspeed"]).stem]
     values = ["-" if ours[key] is None else format(ours[key], form) for key, form in COLUMNS.values()]
-    ratio = f"{ours['images_per_second'] / plain['images_per_second']:.2f}" if plain else "-"
+    ratio = f"{found['ratios']['images_per_second']:.2f}" if found["ratios"] else "-"
     return [*setting, *values, f"{found['predicted_gb']:.2f}", ratio]
 
 

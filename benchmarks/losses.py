@@ -70,9 +70,11 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         load_config(args.config, [f"data.train={args.data}", *args.overrides])
-        Mixture.open([MixtureEntry(path=args.data)])
+        data = Mixture.open([MixtureEntry(path=args.data)])
     except (TrainError, DataError) as error:
         sys.exit(f"error: {error}")
+    if not data.labelled.all():
+        sys.exit(f"error: {args.data}: some masks cannot show every class, which the plain loss does not heed; give other shards")
     losses: dict[str, np.ndarray] = {}
     tail = max(1, args.steps // 10)
     print(f"| {args.steps} steps | first loss | last tenth | apart: mean | largest | last tenth |\n|---|---|---|---|---|---|")

@@ -10,7 +10,7 @@ import torch
 from data.batch import Batch
 from data.labels import load_label_set
 from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
-from train.benchmark import ROUND, Side
+from train.benchmark import PHASES, ROUND, Side, ratios
 from train.clock import StepClock
 from train.config import load_config
 from train.engine import Job
@@ -31,13 +31,14 @@ def test_both_sides_are_measured_on_the_same_loader(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(found.read_text())
     assert figures["steps"] == 10 and figures["accumulation"] == 2 and list(figures["sides"]) == ["ours", "plain"]
+    assert figures["ratios"].keys() == {"step_ms", "forward_ms", "backward_ms", "optimizer_ms", "images_per_second", "tflops"}
     for side in figures["sides"].values():
         phases = [side[f"{phase}_ms"] for phase in ("data", "forward", "backward", "optimizer")]
         assert all(ms > 0 for ms in phases) and 0.5 < sum(phases) / side["step_ms"] < 1.2
         assert side["images_per_second"] == pytest.approx(8e3 / side["step_ms"])
         assert side["mfu"] is None and side["peak_gb"] is None and 0 < side["tflops"] < 1
         assert np.isfinite(side["losses"]).all() and side["losses"][-1] < side["losses"][0]
-        assert len(side["losses"]) == 12  # the traced steps are none of the measured ones
+        assert len(side["losses"]) == 13  # the traced steps are none of the measured ones
     assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "run").exists()
@@ -57,6 +58,17 @@ def test_waits_for_data_count_however_few_steps_wait():
     figures = side.figures(rounds=2, images=8, flops=10**9, peak=1e12, others=0)
     assert figures["data_ms"] == pytest.approx(700) and figures["step_ms"] == pytest.approx(1000)
     assert figures["images_per_second"] == pytest.approx(8) and figures["mfu"] == pytest.approx(0.008)
+
+
+def test_a_load_that_changes_between_two_turns_leaves_their_ratio():
+    def side(*rounds: float) -> dict:
+        found = Side(None, iter(()), StepClock(on_gpu=False), Job(0, 1, torch.device("cpu")))
+        found.laps = [dict.fromkeys(PHASES, seconds) for seconds in rounds for _ in range(ROUND)]
+        return found.figures(rounds=3, images=8, flops=10**9, peak=None, others=0)
+
+    found = ratios(side(4.0, 0.8, 0.8), side(5.0, 5.0, 1.0))  # the load ends when plain has had its second turn
+    assert found["forward_ms"] == pytest.approx(0.8) and found["step_ms"] == pytest.approx(0.8)
+    assert found["images_per_second"] == pytest.approx(1.25) and "mfu" not in found and "data_ms" not in found
 
 
 def test_two_processes(shards, tmp_path):
@@ -91,15 +103,15 @@ def test_the_peer_computes_the_same(arch, recompute, frozen):
     config = load_config(ROOT / "train/configs/demo.yaml", settings)
     torch.manual_seed(0)
     model = build_model(config, label_set.num_classes).train()
-    prepare(model, config)
+    weights = torch.rand(label_set.num_classes) + 0.5
+    job = Job(0, 1, torch.device("cpu"))
+    peer = Plain(model, config, weights, label_set, StepClock(on_gpu=False), job)
+    prepare(model, config)  # after that, as in train.opened: the peer freezes by itself
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, label_set.num_classes, (3, 32, 32), dtype=torch.uint8)
     labels[0, :5] = label_set.ignore_index
-    weights = torch.rand(label_set.num_classes) + 0.5
     counts = torch.stack([torch.bincount(mask.flatten(), minlength=256) for mask in labels])
     loss = PixelLoss(weights, label_set)
-    job = Job(0, 1, torch.device("cpu"))
-    peer = Plain(model, config, weights, label_set, StepClock(on_gpu=False), job)
     batch = Batch(["a", "b", "c"], images, labels, torch.arange(3), counts)
     expected = loss.share(model(images, batch.seeds), labels, loss.totals(counts))
     expected.backward()

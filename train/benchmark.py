@@ -6,6 +6,8 @@ Builds the experiment's own model, engine and loader, warms up, and prints a ste
 a GPU TFLOP/s, MFU and memory, beside what train.doctor predicts of it. `--compare plain` measures in turns with it what one would
 write without this repository: timm's backbone and the head in eager PyTorch with autocast, and fused AdamW, from the same loader.
 Figures are medians of single steps, but of the wait for data the mean: workers deliver many batches at once, and then none.
+Ratios are medians over the turns, for what else the machine does changes meanwhile. Whether the workers keep up shows without
+--compare: in one side's turn they make what the other reads.
 """
 
 import argparse
@@ -82,15 +84,14 @@ class Side:
             others: bytes on the device that are the other side's.
         """
         laps, memory = self.laps[-rounds * ROUND :], self.memory[-rounds:]
-        data = statistics.fmean(lap["data"] for lap in laps)
-        seconds = data + statistics.median(sum(lap.values()) - lap["data"] for lap in laps)
-        speed = images / self.job.world_size * flops / seconds  # of a device, in FLOP/s
+        times = _times(laps)
+        steps = 1e3 / times["step_ms"]  # a second
+        speed = images / self.job.world_size * flops * steps  # of a device, in FLOP/s
         return {
-            "step_ms": 1e3 * seconds,
+            **times,
             "quartiles_ms": statistics.quantiles([1e3 * sum(lap.values()) for lap in laps], n=4)[::2],  # the first and third
-            **{f"{phase}_ms": 1e3 * statistics.median(lap.get(phase, 0.0) for lap in laps) for phase in PHASES},
-            "data_ms": 1e3 * data,
-            "images_per_second": images / seconds,
+            "rounds": [_times(laps[i : i + ROUND]) for i in range(0, len(laps), ROUND)],
+            "images_per_second": images * steps,
             "tflops": speed / 1e12,
             "mfu": speed / peak if peak else None,
             "peak_gb": (max(peak for peak, _ in memory) - others) / 1e9 if self.job.on_gpu else None,
@@ -99,11 +100,27 @@ class Side:
         }
 
 
+def _times(laps: list[dict[str, float]]) -> dict[str, float]:
+    """Of a step, in ms."""
+    data = statistics.fmean(lap["data"] for lap in laps)
+    step = data + statistics.median(sum(lap.values()) - lap["data"] for lap in laps)
+    phases = {f"{phase}_ms": 1e3 * statistics.median(lap.get(phase, 0.0) for lap in laps) for phase in PHASES}
+    return {"step_ms": 1e3 * step, **phases, "data_ms": 1e3 * data}
+
+
+def ratios(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    """Of the two sides' figures, those that both have. Not of the wait for data: it is the loader's, which both share."""
+    turns = list(zip(ours["rounds"], plain["rounds"], strict=True))
+    found = {key: statistics.median(a[key] / b[key] for a, b in turns) for key in ours["rounds"][0] if key != "data_ms"}
+    speeds = {key: 1 / found["step_ms"] for key in ("images_per_second", "tflops", "mfu") if ours[key]}
+    return found | speeds | {key: ours[key] / plain[key] for key in ("peak_gb", "reserved_gb") if ours[key]}
+
+
 def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path | None) -> dict[str, Any]:
     """What the command prints. Every process of the job must call it. Raises TrainError, DataError, ModelError."""
     rounds = math.ceil(steps / ROUND)
     ahead = PREFETCH * config.data.workers  # micro batches that workers may have made while models were built and compiled
-    found = Opened.by(config, (warm_up + rounds * ROUND) * (1 + compare) + ahead + TRACED)
+    found = Opened.by(config, (1 + warm_up + rounds * ROUND) * (1 + compare) + ahead + TRACED)
     job, data, settings = found.job, found.data, found.settings
     label_set, images = data.label_set, config.global_batch_size
     flops, peak = training_flops(config, label_set.num_classes), peak_flops(config, job.device)
@@ -113,10 +130,12 @@ def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path
         before = _allocated(job)
         for name in ("plain", "ours") if compare else ("ours",):
             sides[name] = Side(found.step(name, clock), found.batches, clock, job)
-            sides[name].take(warm_up)
+            sides[name].take(1)  # compiles
             resident[name] = _allocated(job) - before - sum(resident.values())
         for _ in range(math.ceil(ahead / settings["gradient_accumulation_steps"])):  # else they hide how slow the workers are
             next(found.batches)
+        for side in sides.values():  # the first waits until the workers deliver again
+            side.take(warm_up)
         for _ in range(rounds):
             for side in sides.values():
                 side.take(ROUND)
@@ -132,7 +151,7 @@ def measure(config: Config, compare: bool, steps: int, warm_up: int, trace: Path
         "micro_batch_size": config.micro_batch_size, "accumulation": settings["gradient_accumulation_steps"],
         "device": torch.cuda.get_device_name() if job.on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "steps": rounds * ROUND, "predicted_gb": predicted / 1e9, "revision": revision(), "packages": packages(),
-        "sides": figures,
+        "sides": figures, "ratios": ratios(**figures) if compare else {},
     }  # fmt: skip
 
 
@@ -167,7 +186,7 @@ def table(found: dict[str, Any]) -> str:
     for key, (title, form) in ROWS.items():
         values = [side[key] for side in sides.values()]
         told = "".join(f"{'-' if value is None else format(value, form):>10}" for value in values)
-        ratio = f"{values[0] / values[1]:>10.2f}" if len(values) == 2 and all(values) else ""
+        ratio = f"{found['ratios'][key]:>10.2f}" if key in found["ratios"] else ""
         lines.append(f"{title:<16}{told}{ratio}")
     spreads = [f"{name} {side['quartiles_ms'][0]:.1f} to {side['quartiles_ms'][1]:.1f} ms" for name, side in sides.items()]
     lines.append(f"half of the steps took: {', '.join(spreads)}")
