@@ -6,9 +6,14 @@ Training batches are written by the worker processes straight into memory that t
 import ctypes
 import logging
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -150,7 +155,7 @@ def train_batches(
 def _told_by(loader: DataLoader) -> Iterator[list[Example]]:
     """Of one micro batch after the other. Raises DataError: a worker has died."""
     try:
-        yield from loader
+        yield from _start(loader)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -167,10 +172,34 @@ def validation_batches(
     loader = DataLoader(
         examples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker
     )
-    for batch in loader:
+    for batch in _start(loader):
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """Fork its workers, at a moment when they come to life.
+
+    Until Python 3.11.10, one that is forked while a thread that is not Python's enters the interpreter may wait for ever for
+    a lock that this thread had (CPython's issue 112275). gloo's threads enter it, to let go of a collective's tensors.
+    """
+    deadline = time.monotonic() + 5  # seconds: one that never rests, as a spinning one of CUDA's, is no reason to wait for ever
+    while loader.num_workers and sys.version_info < (3, 11, 10) and time.monotonic() < deadline:
+        time.sleep(0.005)  # in which they can: this thread holds nothing up
+        if not _foreign_threads_at_work():
+            break
+    return iter(loader)
+
+
+def _foreign_threads_at_work() -> bool:
+    """Whether a thread of this process that is not Python's has something to do."""
+    ours = {str(thread.native_id) for thread in threading.enumerate()}
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has ended
+            if task.name not in ours and (task / "stat").read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 @dataclass(frozen=True)

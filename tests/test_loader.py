@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -135,6 +136,32 @@ def test_workers_die_with_their_process(shards):
     )
     done = python("-c", program, shards / "train", timeout=PATIENCE)  # returns when nobody has its output open any more
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11, 10), reason="Python has mended it: see data.loader")
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_workers_are_forked_while_foreign_threads_rest(shards, kind):
+    """Else one may wait for ever, before it has begun, for a lock of the interpreter that such a thread has had."""
+    program = (
+        "import os, sys, threading, torch; from pathlib import Path; from tests.test_loader import *\n"
+        "kind, shards, seen, multiplied = sys.argv[1], Path(sys.argv[2]), [], threading.Event()\n"
+        "if kind == 'train':\n"
+        "    batches = train_batches(train_examples(shards / 'train'), BatchPlan(6, 6, 0, 1), 0, 1, workers=2)\n"
+        "else:\n"
+        "    examples = ValidationExamples(ShardSet.open(shards / 'val'), SIZE, keep_aspect=False)\n"
+        "    batches = validation_batches(examples, 2, 0, 1, workers=2)\n"
+        "def multiply():  # a thread of Python's, with which one of OpenMP's works\n"
+        "    torch.set_num_threads(2)\n"
+        "    matrix @ matrix\n"
+        "    multiplied.set()\n"
+        "matrix = torch.ones(3500, 3500, dtype=torch.float64)\n"
+        "os.register_at_fork(before=lambda: seen.append(multiplied.is_set()))\n"
+        "threading.Thread(target=multiply).start()\n"
+        "list(batches)\n"
+        "print(*seen)\n"
+    )
+    done = python("-c", program, kind, shards, timeout=100)
+    assert done.returncode == 0 and done.stdout.split() == ["True", "True"], done.stdout + done.stderr
 
 
 def one_damaged(shards: Path, folder: Path) -> Path:
