@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -140,28 +141,33 @@ def test_workers_die_with_their_process(shards):
 
 @pytest.mark.skipif(sys.version_info >= (3, 11, 10), reason="Python has mended it: see data.loader")
 @pytest.mark.parametrize("kind", ["train", "val"])
-def test_workers_are_forked_while_foreign_threads_rest(shards, kind):
+def test_workers_are_forked_while_foreign_threads_rest(shards, tmp_path, kind):
     """Else one may wait for ever, before it has begun, for a lock of the interpreter that such a thread has had."""
+    (tmp_path / "busy.cpp").write_text(
+        "#include <chrono>\n#include <thread>\n"
+        'extern "C" { int ended = 0; void begin() { std::thread([] {\n'
+        "    auto start = std::chrono::steady_clock::now();\n"
+        "    while (std::chrono::steady_clock::now() - start < std::chrono::milliseconds(500));\n"
+        "    ended = 1;\n"
+        "}).detach(); } }\n"
+    )
+    compiler = ["c++", "-shared", "-fPIC", "-pthread", "-o", "busy.so", "busy.cpp"]
+    subprocess.run(compiler, cwd=tmp_path, check=True, timeout=PATIENCE)
     program = (
-        "import os, sys, threading, torch; from pathlib import Path; from tests.test_loader import *\n"
-        "kind, shards, seen, multiplied = sys.argv[1], Path(sys.argv[2]), [], threading.Event()\n"
+        "import ctypes, os, sys; from pathlib import Path; from tests.test_loader import *\n"
+        "kind, shards, seen, busy = sys.argv[1], Path(sys.argv[2]), [], ctypes.CDLL(sys.argv[3])\n"
         "if kind == 'train':\n"
         "    batches = train_batches(train_examples(shards / 'train'), BatchPlan(6, 6, 0, 1), 0, 1, workers=2)\n"
         "else:\n"
         "    examples = ValidationExamples(ShardSet.open(shards / 'val'), SIZE, keep_aspect=False)\n"
         "    batches = validation_batches(examples, 2, 0, 1, workers=2)\n"
-        "def multiply():  # a thread of Python's, with which one of OpenMP's works\n"
-        "    torch.set_num_threads(2)\n"
-        "    matrix @ matrix\n"
-        "    multiplied.set()\n"
-        "matrix = torch.ones(3500, 3500, dtype=torch.float64)\n"
-        "os.register_at_fork(before=lambda: seen.append(multiplied.is_set()))\n"
-        "threading.Thread(target=multiply).start()\n"
+        "os.register_at_fork(before=lambda: seen.append(ctypes.c_int.in_dll(busy, 'ended').value))\n"
+        "busy.begin()\n"
         "list(batches)\n"
         "print(*seen)\n"
     )
-    done = python("-c", program, kind, shards, timeout=100)
-    assert done.returncode == 0 and done.stdout.split() == ["True", "True"], done.stdout + done.stderr
+    done = python("-c", program, kind, shards, tmp_path / "busy.so")
+    assert done.returncode == 0 and done.stdout.split() == ["1", "1"], done.stdout + done.stderr
 
 
 def one_damaged(shards: Path, folder: Path) -> Path:
