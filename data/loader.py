@@ -179,14 +179,14 @@ def validation_batches(
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """Fork its workers, at a moment when they come to life.
+    """Fork its workers, while no thread could have them hang before they begin.
 
-    Until Python 3.11.10, one that is forked while a thread that is not Python's enters the interpreter may wait for ever for
-    a lock that this thread had (CPython's issue 112275). gloo's threads enter it, to let go of a collective's tensors.
+    Until Python 3.11.10, a process that is forked while a thread that is not Python's enters the interpreter may wait for ever
+    for a lock that this thread had (CPython's issue 112275). gloo's threads enter it, to let go of a collective's tensors.
     """
     deadline = time.monotonic() + 5  # seconds: one that never rests, as a spinning one of CUDA's, is no reason to wait for ever
     while loader.num_workers and sys.version_info < (3, 11, 10) and time.monotonic() < deadline:
-        time.sleep(0.005)  # in which they can: this thread holds nothing up
+        time.sleep(0.005)  # lets go of the interpreter, so that who waits for it gets done
         if not _foreign_threads_at_work():
             break
     return iter(loader)
@@ -194,7 +194,8 @@ def _start(loader: DataLoader) -> Iterator:
 
 def _foreign_threads_at_work() -> bool:
     """Whether a thread of this process that is not Python's has something to do."""
-    ours = {str(thread.native_id) for thread in threading.enumerate()}
+    known = [thread.native_id for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+    ours = {str(number) for number in (*known, threading.get_native_id())}  # of which, after a fork, `threading` has the old one
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # it has ended
             if task.name not in ours and (task / "stat").read_text().rpartition(")")[2].split()[0] in "RD":

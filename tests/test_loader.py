@@ -154,20 +154,23 @@ def test_workers_are_forked_while_foreign_threads_rest(shards, tmp_path, kind):
     compiler = ["c++", "-shared", "-fPIC", "-pthread", "-o", "busy.so", "busy.cpp"]
     subprocess.run(compiler, cwd=tmp_path, check=True, timeout=PATIENCE)
     program = (
-        "import ctypes, os, sys; from pathlib import Path; from tests.test_loader import *\n"
+        "import ctypes, os, sys, time; from pathlib import Path; from tests.test_loader import *\n"
+        "if child := os.fork(): sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))  # as tests.forks\n"
         "kind, shards, seen, busy = sys.argv[1], Path(sys.argv[2]), [], ctypes.CDLL(sys.argv[3])\n"
         "if kind == 'train':\n"
         "    batches = train_batches(train_examples(shards / 'train'), BatchPlan(6, 6, 0, 1), 0, 1, workers=2)\n"
         "else:\n"
         "    examples = ValidationExamples(ShardSet.open(shards / 'val'), SIZE, keep_aspect=False)\n"
         "    batches = validation_batches(examples, 2, 0, 1, workers=2)\n"
-        "os.register_at_fork(before=lambda: seen.append(ctypes.c_int.in_dll(busy, 'ended').value))\n"
+        "def look(): seen.append(ctypes.c_int.in_dll(busy, 'ended').value == 1 and time.monotonic() - begun < 4)\n"
+        "os.register_at_fork(before=look)\n"
+        "begun = time.monotonic()\n"
         "busy.begin()\n"
         "list(batches)\n"
         "print(*seen)\n"
     )
     done = python("-c", program, kind, shards, tmp_path / "busy.so")
-    assert done.returncode == 0 and done.stdout.split() == ["1", "1"], done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.split() == ["True", "True"], done.stdout + done.stderr
 
 
 def one_damaged(shards: Path, folder: Path) -> Path:
