@@ -9,7 +9,7 @@ usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
 Measures one experiment after the other with train.benchmark, on faces that it draws, and single parts of a step with
 benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100, by estimate.
-What does not fit is said, and passed over. OUT must not exist.
+What does not fit is said, and passed over; where the plain peer does not, ours is measured alone. OUT must not exist.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
   STEPS     measured in each, in rounds of 5 (default 20)
@@ -21,6 +21,8 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 out=${1:-outputs/gpu}
 python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
+[ -n "${RUNS:-}" ] || $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+  { echo "error: no GPU is seen; name what is small enough for a CPU by RUNS" >&2; exit 1; }
 RUNS=${RUNS:-"face_0.3b none 8 zero1 yes
 face_0.3b none 8 zero1 yes compile=true
 face_0.3b none 8 zero1 no compile=true augment.on_device=true
@@ -40,18 +42,24 @@ sapiens2_29_5b blocks 2 zero2_offload no"}
 
 [ -e "$out" ] && { echo "error: $out exists; remove it, or name another folder" >&2; exit 1; }
 mkdir -p "$out"
+number=0
 while read -r recipe recompute batch zero compare more; do
-  name=${recipe}_${recompute}_${batch}_$zero${more:+_${more// /_}}
+  [ -n "$recipe" ] || continue
+  number=$((number + 1))
+  name=$(printf %02d $number)_${recipe}_${recompute}_${batch}_$zero
   read -ra options <<<"$more"
-  if [ "$compare" = yes ]; then options+=(--compare plain); fi
-  echo "== $name"
-  # A step of one micro batch is what is measured.
-  $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "${STEPS:-20}" \
-    --json "$out/$name.json" "${options[@]}" "deepspeed=ds_configs/$zero.json" "model.recompute=$recompute" \
-    "model.image_size=[${SIZE:-1024,768}]" "micro_batch_size=$batch" "global_batch_size=$batch" \
-    </dev/null >"$out/$name.txt" 2>&1 ||
-    { echo "not measured: $(grep '^error:' "$out/$name.txt" || tail -n 1 "$out/$name.txt")"; continue; }
-  tail -n 15 "$out/$name.txt"
+  for peer in $([ "$compare" != yes ] || echo plain) none; do
+    echo "== $name${more:+ $more}, peer: $peer"
+    # A step of one micro batch is what is measured.
+    if $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "${STEPS:-20}" \
+      --json "$out/$name.json" $([ $peer = none ] || echo --compare plain) "${options[@]}" "deepspeed=ds_configs/$zero.json" \
+      "model.recompute=$recompute" "model.image_size=[${SIZE:-1024,768}]" "micro_batch_size=$batch" "global_batch_size=$batch" \
+      </dev/null >"$out/$name.txt" 2>&1; then
+      tail -n 15 "$out/$name.txt"
+      break
+    fi
+    echo "not measured: $(grep '^error:' "$out/$name.txt" || tail -n 1 "$out/$name.txt")"
+  done
 done <<<"$RUNS"
 size=${SIZE:-1024,768}
 $python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" >"$out/optimisations.md" 2>"$out/optimisations.txt" ||

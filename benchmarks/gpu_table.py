@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
+    results = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.json"))]
     if not results:
         parser.error(f"{args.folder}: holds no results; benchmarks/gpu.sh {args.folder} makes them")
     names = ["model", "recompute", "with", "batch", "ZeRO", *COLUMNS, "predicted", "to plain"]

@@ -22,6 +22,7 @@ import torch
 from data import DataError
 from data.arguments import whole_number
 from data.mixture import Mixture, MixtureEntry
+from model import ModelError
 from train import TrainError
 from train.clock import StepClock
 from train.config import load_config
@@ -68,8 +69,14 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(RUNS), metavar="RUN", help="beside plain; more than once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    runs = {
+        name: [f"data.train={args.data}", *EQUAL, *VIEWS, *args.overrides, *own]
+        for name, own in RUNS.items()
+        if name == "plain" or name in (args.only or RUNS)
+    }
     try:
-        load_config(args.config, [f"data.train={args.data}", *args.overrides])
+        for settings in runs.values():  # before the first trains
+            load_config(args.config, settings)
         data = Mixture.open([MixtureEntry(path=args.data)])
     except (TrainError, DataError) as error:
         sys.exit(f"error: {error}")
@@ -78,12 +85,12 @@ def main() -> None:
     losses: dict[str, np.ndarray] = {}
     tail = max(1, args.steps // 10)
     print(f"| {args.steps} steps | first loss | last tenth | apart: mean | largest | last tenth |\n|---|---|---|---|---|---|")
-    for name, own in RUNS.items():
-        if name != "plain" and name not in (args.only or RUNS):
-            continue
-        settings = [f"data.train={args.data}", *EQUAL, *VIEWS, *args.overrides, *own]
+    for name, settings in runs.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            losses[name] = np.array(process.submit(train, args.config, settings, name, args.steps).result())
+            try:
+                losses[name] = np.array(process.submit(train, args.config, settings, name, args.steps).result())
+            except (TrainError, DataError, ModelError) as error:
+                sys.exit(f"error: {name}: {error}")
         apart = np.abs(losses[name] - losses["plain"]) / losses["plain"].mean()
         ends = [losses[run][-tail:].mean() for run in (name, "plain")]
         last = abs(ends[0] - ends[1]) / losses["plain"].mean()

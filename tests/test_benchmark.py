@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ def test_two_processes(shards, tmp_path):
         (["data.train=nowhere"], "nowhere"), (["micro_batch_size=3"], "micro_batch_size"), (["misspelt=1"], "misspelt"),
         (["precision=fp16", "--compare", "plain"], "fp16"), (["--json", "train"], "train cannot be written: Is a directory"),
         (["--trace", "README.md/trace.json"], "README.md/trace.json cannot be written"),
+        (["--trace", "a.json", "--json", "./a.json"], "a.json: both --json and --trace"),
     ],  # fmt: skip
 )
 def test_mistakes_are_told_in_a_line(shards, tmp_path, overrides, words):
@@ -124,16 +126,30 @@ def test_the_peer_computes_the_same(arch, recompute, frozen):
 
 
 def test_the_script_for_gpus_prints_its_table_last(tmp_path):
-    runs = "demo none 2 zero1 yes\ndemo blocks 2 zero2 no augment.on_device=true ema.decay=0.9\ndemo none 2 zero9 no"
+    runs = "demo none 2 zero1 yes\ndemo blocks 2 zero2 no augment.on_device=true ema.decay=0.9\n\ndemo none 2 zero9 yes\n"
+    runs += "demo none 2 zero1 no output_dir=a/b"  # like the first but for the peer: beside its result, not over it
     variables = {"RUNS": runs, "STEPS": "1", "SIZE": "32,32"}
     done = subprocess.run(
         [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], env=train_environment() | variables, capture_output=True, text=True,
         timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.count("not measured: error: rank 0: deepspeed: ds_configs/zero9.json: no such file") == 1
-    *_, parts, _, head, rule, first, second = done.stdout.splitlines()
+    reason = "not measured: error: rank 0: deepspeed: ds_configs/zero9.json: no such file"
+    assert done.stdout.count(reason) == 2 and done.stdout.count("not measured") == 2  # beside the peer, then alone
+    *_, parts, _, head, rule, first, second, third = done.stdout.splitlines()
     assert parts.startswith("| channels last |") and done.stdout.count("gradient apart") == 1
     assert head.startswith("| model | recompute |") and set(rule) == set("|- ")
     assert first.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and not first.endswith("| - |")
     assert second.startswith("| tiny 32x32 | blocks | on_device | 2 | zero2 |") and second.endswith("| - |")
+    assert third.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and third.endswith("| - |")
+
+
+def test_runs_of_losses_that_cannot_be_are_told_before_the_first_trains(shards):
+    command = [sys.executable, "-m", "benchmarks.losses", "--data", shards / "train", "augment.faithful=true"]
+    done = subprocess.run(command, cwd=ROOT, env=train_environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "on_device" in done.stderr and not done.stdout
+    done = subprocess.run(
+        [*command[:-1], "--steps", "1", "model.image_size=[33,33]"], cwd=ROOT, env=train_environment(), capture_output=True,
+        text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 1 and "error: plain: image_size" in done.stderr and "Traceback" not in done.stderr

@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: --compare plain: the peer is one process; start one, or leave it out")
+    if args.json and args.trace and args.json.resolve() == args.trace.resolve():
+        sys.exit(f"error: {args.json}: both --json and --trace would be written there; name two files")
     is_main = os.environ.get("RANK", "0") == "0"
     for path in filter(None, (args.json, args.trace) if is_main else ()):  # before minutes of measuring
         try:
