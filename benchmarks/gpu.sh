@@ -21,9 +21,10 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 out=${1:-outputs/gpu}
 python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
-[ -n "${RUNS:-}" ] || $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-  { echo "error: no GPU is seen; name what is small enough for a CPU by RUNS" >&2; exit 1; }
-RUNS=${RUNS:-"face_0.3b none 8 zero1 yes
+if [[ ${RUNS:-} != *[![:space:]]* ]]; then
+  $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "error: no GPU is seen; name what is small enough for a CPU by RUNS" >&2; exit 1; }
+  RUNS="face_0.3b none 8 zero1 yes
 face_0.3b none 8 zero1 yes compile=true
 face_0.3b none 8 zero1 no compile=true augment.on_device=true
 face_0.3b head 12 zero1 no
@@ -38,7 +39,8 @@ sapiens2_29_0.1b none 16 zero1 no
 sapiens2_29_0.4b none 8 zero1 no
 sapiens2_29_0.8b head 4 zero1 no
 sapiens2_29_1b head 3 zero1 no
-sapiens2_29_5b blocks 2 zero2_offload no"}
+sapiens2_29_5b blocks 2 zero2_offload no"
+fi
 
 [ -e "$out" ] && { echo "error: $out exists; remove it, or name another folder" >&2; exit 1; }
 mkdir -p "$out"

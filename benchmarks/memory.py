@@ -1,15 +1,15 @@
 """What each size needs on a GPU, as python -m train.doctor predicts it; and how near that is to what is measured here.
 
-    .venv/bin/python -m benchmarks.memory [--size 1024 768] [--gpus 8] [--archs sapiens_1b ...]
-    .venv/bin/python -m benchmarks.memory --measure [--size 1024 768] [--archs ...] [--modes none head blocks] [--batches 1 2]
+    .venv/bin/python -m benchmarks.memory [--size 1024 768] [--archs sapiens_1b ...] [--precision bf16] [--gpus 8]
+    .venv/bin/python -m benchmarks.memory --measure [the first three] [--modes none head blocks] [--batches 1 2]
 
-The first allocates nothing and needs no GPU. It prints in GB, in bf16: what one image takes at most in forward and backward pass,
+The first allocates nothing and needs no GPU. It prints in GB: what one image takes at most in forward and backward pass,
 for three settings of `model.recompute`, and what a GPU needs in all with one image at a time and `recompute=blocks`, on one GPU
 and on several, at some ZeRO stages.
 
-The second does a forward pass, loss and backward pass in bf16 for real, without keeping the gradients of parameters, and prints
+The second does a forward pass, loss and backward pass for real, without keeping the gradients of parameters, and prints
 beside the prediction the most that was taken: by tensors, and in all. On a GPU that is what torch allocated, on a CPU what the
-process had resident: with what its kernels take by the way.
+process had resident: with what its kernels take by the way. One without AVX-512 takes hours for bf16: give --precision fp32.
 """
 
 import argparse
@@ -40,24 +40,27 @@ TOGETHER = ("zero1", "zero2", "zero3")
 FACE = load_label_set("face19")
 
 
-def experiment(arch: str, size: list[int], gpus: int, mode: str | int, stage: str, batch: int = 1) -> Config:
+def experiment(
+    arch: str, size: list[int], precision: str, gpus: int, mode: str | int, stage: str, batch: int = 1
+) -> Config:
     settings = {
         "model.arch": arch, "model.image_size": size, "model.patch_padding": "null", "model.recompute": mode,
-        "micro_batch_size": batch, "global_batch_size": batch * gpus, "deepspeed": f"ds_configs/{stage}.json",
+        "precision": precision, "micro_batch_size": batch, "global_batch_size": batch * gpus,
+        "deepspeed": f"ds_configs/{stage}.json",
     }  # fmt: skip
     return load_config(Path("train/configs/face_1b.yaml"), [f"{key}={value}" for key, value in settings.items()])
 
 
-def print_predictions(archs: list[str], size: list[int], gpus: int) -> None:
+def print_predictions(archs: list[str], size: list[int], precision: str, gpus: int) -> None:
     alone, together = (Remedies(FACE, True, number, True, None) for number in (1, gpus))
     columns = [f"image, {mode}" for mode in MODES]
     columns += [f"1 GPU, {stage}" for stage in ALONE] + [f"{gpus} GPUs, {stage}" for stage in TOGETHER]
     print("| size | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for arch in archs:
-        images = [alone.fit(experiment(arch, size, 1, mode, "zero1")).memory.activations for mode in MODES]
-        needed = [alone.fit(experiment(arch, size, 1, "blocks", stage)).needed for stage in ALONE]
-        needed += [together.fit(experiment(arch, size, gpus, "blocks", stage)).needed for stage in TOGETHER]
+        images = [alone.fit(experiment(arch, size, precision, 1, mode, "zero1")).memory.activations for mode in MODES]
+        needed = [alone.fit(experiment(arch, size, precision, 1, "blocks", stage)).needed for stage in ALONE]
+        needed += [together.fit(experiment(arch, size, precision, gpus, "blocks", stage)).needed for stage in TOGETHER]
         print(f"| `{arch}` | " + " | ".join(f"{number / GB:.1f}" for number in images + needed) + " |", flush=True)
 
 
@@ -76,7 +79,7 @@ def measure(config: Config, result: Connection) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = build_model(config, FACE.num_classes)
-    model = model.bfloat16().to_empty(device=device).train()
+    model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16).to_empty(device=device).train()
     prepare(model, config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
@@ -100,12 +103,12 @@ def measure(config: Config, result: Connection) -> None:
         result.send(None)
 
 
-def print_measured(archs: list[str], size: list[int], modes: list[str | int], batches: list[int]) -> None:
+def print_measured(archs: list[str], size: list[int], precision: str, modes: list[str | int], batches: list[int]) -> None:
     remedies = Remedies(FACE, True, 1, True, None)
-    print(f"GB an image of {size[0]}x{size[1]}, bf16")
+    print(f"GB an image of {size[0]}x{size[1]}, {precision}")
     print("| size | recompute | batch | predicted | tensors | in all | in all / predicted |\n|---|---|---|---|---|---|---|")
     for arch, mode, batch in product(archs, modes, batches):
-        config = experiment(arch, size, 1, mode, "zero1", batch)
+        config = experiment(arch, size, precision, 1, mode, "zero1", batch)
         predicted = remedies.fit(config).memory.activations / batch / GB
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(config, sender))
@@ -128,6 +131,7 @@ def print_measured(archs: list[str], size: list[int], modes: list[str | int], ba
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[1024, 768], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--gpus", type=whole_number(1), default=8)
     parser.add_argument("--archs", nargs="+", default=[name for name in ARCHS if not name.startswith("tiny")])
     parser.add_argument("--measure", action="store_true", help="measure a step instead")
@@ -137,9 +141,9 @@ def main() -> None:
     try:
         if args.measure:
             modes = [int(mode) if mode.isdecimal() else mode for mode in args.modes]
-            print_measured(args.archs, args.size, modes, args.batches)
+            print_measured(args.archs, args.size, args.precision, modes, args.batches)
         else:
-            print_predictions(args.archs, args.size, args.gpus)
+            print_predictions(args.archs, args.size, args.precision, args.gpus)
     except (TrainError, ModelError) as error:
         sys.exit(f"error: {error}")
 

@@ -6,8 +6,8 @@ Builds the experiment's own model, engine and loader, warms up, and prints a ste
 a GPU TFLOP/s, MFU and memory, beside what train.doctor predicts of it. `--compare plain` measures in turns with it what one would
 write without this repository: timm's backbone and the head in eager PyTorch with autocast, and fused AdamW, from the same loader.
 Figures are medians of single steps, but of the wait for data the mean: workers deliver many batches at once, and then none.
-Ratios are medians over the turns, for what else the machine does changes meanwhile. Whether the workers keep up shows without
---compare: in one side's turn they make what the other reads.
+Ratios are medians over the turns of five steps, for what else the machine does changes meanwhile: one turn tells little. Whether
+the workers keep up shows without --compare: in one side's turn they make what the other reads.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from train.flops import peak_flops, training_flops
 from train.host_facts import packages, revision
 from train.memory import Estimate
 from train.opened import Opened, Step
+from train.pace import PHASES
 
 ROUND = 5  # steps of one side before the other has its turn
-PHASES = ("data", "forward", "backward", "optimizer")
 TRACED = 2  # steps
 DRAWN = {"count": 32, "seed": 0, "size": 512}
 ROWS = {
@@ -109,9 +109,10 @@ def _times(laps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """Of the two sides' figures, those that both have. Not of the wait for data: it is the loader's, which both share."""
-    turns = list(zip(ours["rounds"], plain["rounds"], strict=True))
-    found = {key: statistics.median(a[key] / b[key] for a, b in turns) for key in ours["rounds"][0] if key != "data_ms"}
+    """Of the two sides' figures, those that both have. Not of the waits: that for data is the loader's, which both share, and
+    only of several processes one waits for the others."""
+    turns, waits = list(zip(ours["rounds"], plain["rounds"], strict=True)), ("data_ms", "wait_ms")
+    found = {key: statistics.median(a[key] / b[key] for a, b in turns) for key in ours["rounds"][0] if key not in waits}
     speeds = {key: 1 / found["step_ms"] for key in ("images_per_second", "tflops", "mfu") if ours[key]}
     return found | speeds | {key: ours[key] / plain[key] for key in ("peak_gb", "reserved_gb") if ours[key]}
 
