@@ -45,8 +45,9 @@ def train_step(
     clock.enter("forward")
     micro_batches = [with_labels(batch, loss.label_set, job.device) for batch in micro_batches]
     counts = torch.cat([batch.pixel_counts for batch in micro_batches]).cpu()
+    own = loss.totals(counts)
     clock.enter("wait")
-    totals = job.sum(*loss.totals(counts))
+    totals = job.sum(*own)
     factor = job.world_size * len(micro_batches)
     total = torch.zeros((), device=job.device)
     sums = torch.zeros(loss.label_set.num_classes, dtype=torch.float64, device=job.device) if per_class else None
