@@ -40,9 +40,7 @@ TOGETHER = ("zero1", "zero2", "zero3")
 FACE = load_label_set("face19")
 
 
-def experiment(
-    arch: str, size: list[int], precision: str, gpus: int, mode: str | int, stage: str, batch: int = 1
-) -> Config:
+def experiment(arch: str, size: list[int], precision: str, gpus: int, mode: str | int, stage: str, batch: int = 1) -> Config:
     settings = {
         "model.arch": arch, "model.image_size": size, "model.patch_padding": "null", "model.recompute": mode,
         "precision": precision, "micro_batch_size": batch, "global_batch_size": batch * gpus,

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.optimisations import NOT_TAKEN, TAKEN
 from data.batch import Batch
 from data.labels import load_label_set
 from tests.conftest import PATIENCE, ROOT, experiment, launched, train_environment
-from train.benchmark import PHASES, ROUND, Side, ratios
+from train.benchmark import ROUND, Side, ratios
 from train.clock import StepClock
 from train.config import load_config
 from train.engine import Job
 from train.loss import PixelLoss
+from train.pace import PHASES
 from train.peer import Plain
 from train.run import build_model, prepare
 
@@ -136,12 +138,23 @@ def test_the_script_for_gpus_prints_its_table_last(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     reason = "not measured: error: rank 0: deepspeed: ds_configs/zero9.json: no such file"
     assert done.stdout.count(reason) == 2 and done.stdout.count("not measured") == 2  # beside the peer, then alone
-    *_, parts, _, head, rule, first, second, third = done.stdout.splitlines()
-    assert parts.startswith("| channels last |") and done.stdout.count("gradient apart") == 1
+    *lines, _, head, rule, first, second, third = done.stdout.splitlines()
+    columns = [line.split(" | ") for line in lines]
+    start = next(i for i, cells in enumerate(columns) if "output apart" in cells)
+    apart = {cells[0]: cells[-2:] for cells in columns[start + 2 :]}
+    assert len(apart) == len(TAKEN | NOT_TAKEN)
+    assert all(float(cell.strip(" |-") or 0) < 0.05 for cells in apart.values() for cell in cells), apart  # in bf16
     assert head.startswith("| model | recompute |") and set(rule) == set("|- ")
     assert first.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and not first.endswith("| - |")
     assert second.startswith("| tiny 32x32 | blocks | on_device | 2 | zero2 |") and second.endswith("| - |")
     assert third.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and third.endswith("| - |")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure all sizes")
+def test_the_script_for_gpus_wants_one_for_its_own_runs(tmp_path):
+    command, variables = [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], train_environment() | {"RUNS": " \n"}  # of no run
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and "error: no GPU is seen" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_runs_of_losses_that_cannot_be_are_told_before_the_first_trains(shards):
