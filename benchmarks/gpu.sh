@@ -12,7 +12,7 @@ benchmarks.optimisations; the tables come last, from the files in OUT (default o
 What does not fit is said, and passed over; where the plain peer does not, ours is measured alone. OUT must not exist.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
-  STEPS     measured in each, in rounds of 5 (default 20)
+  STEPS     measured in each, in rounds of 5 (default 20); single parts a quarter as often
   SIZE      height,width (default 1024,768)
 TEXT
 }
@@ -64,7 +64,8 @@ while read -r recipe recompute batch zero compare more; do
   done
 done <<<"$RUNS"
 size=${SIZE:-1024,768}
-$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
+rounds=$(((${STEPS:-20} + 3) / 4))
+$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" --rounds $rounds >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
   echo "not measured: $(tail -n 1 "$out/optimisations.txt")"
 cat "$out/optimisations.md"
 $python -m benchmarks.gpu_table "$out"
