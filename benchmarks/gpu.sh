@@ -19,6 +19,7 @@ TEXT
 
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 out=${1:-outputs/gpu}
+[[ ${STEPS:=20} =~ ^[1-9][0-9]*$ ]] || { echo "error: STEPS=$STEPS: give a number, from 1 up" >&2; exit 1; }
 python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
 if [[ ${RUNS:-} != *[![:space:]]* ]]; then
@@ -53,7 +54,7 @@ while read -r recipe recompute batch zero compare more; do
   for peer in $([ "$compare" != yes ] || echo plain) none; do
     echo "== $name${more:+ $more}, peer: $peer"
     # A step of one micro batch is what is measured.
-    if $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "${STEPS:-20}" \
+    if $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "$STEPS" \
       --json "$out/$name.json" $([ $peer = none ] || echo --compare plain) "${options[@]}" "deepspeed=ds_configs/$zero.json" \
       "model.recompute=$recompute" "model.image_size=[${SIZE:-1024,768}]" "micro_batch_size=$batch" "global_batch_size=$batch" \
       </dev/null >"$out/$name.txt" 2>&1; then
@@ -64,8 +65,7 @@ while read -r recipe recompute batch zero compare more; do
   done
 done <<<"$RUNS"
 size=${SIZE:-1024,768}
-rounds=$(((${STEPS:-20} + 3) / 4))
-$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" --rounds $rounds >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
+$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" --rounds $(((STEPS + 3) / 4)) >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
   echo "not measured: $(tail -n 1 "$out/optimisations.txt")"
 cat "$out/optimisations.md"
 $python -m benchmarks.gpu_table "$out"

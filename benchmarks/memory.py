@@ -1,7 +1,7 @@
 """What each size needs on a GPU, as python -m train.doctor predicts it; and how near that is to what is measured here.
 
     .venv/bin/python -m benchmarks.memory [--size 1024 768] [--archs sapiens_1b ...] [--precision bf16] [--gpus 8]
-    .venv/bin/python -m benchmarks.memory --measure [the first three] [--modes none head blocks] [--batches 1 2]
+    .venv/bin/python -m benchmarks.memory --measure [--size, --archs, --precision] [--modes none head blocks] [--batches 1 2]
 
 The first allocates nothing and needs no GPU. It prints in GB: what one image takes at most in forward and backward pass,
 for three settings of `model.recompute`, and what a GPU needs in all with one image at a time and `recompute=blocks`, on one GPU

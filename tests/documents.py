@@ -44,7 +44,7 @@ INSTEAD = {
     "benchmarks/gpu.sh": "{} --help",  # tests/test_benchmark.py runs it
     "python -m benchmarks.recomputation": "{} --arch tiny --size 64 32",
     "python -m benchmarks.memory": "{} --archs tiny tiny2 --size 64 32",
-    "python -m benchmarks.memory --measure": "{} --archs tiny --size 64 32 --modes blocks --batches 2",
+    "python -m benchmarks.memory --measure": "{} --precision fp32 --archs tiny --size 64 32 --modes blocks --batches 2",
     "python -m benchmarks.optimisations": "{} --help",  # benchmarks/gpu.sh runs it
     "python -m benchmarks.losses --data shards/face/train": "{} --steps 2 --only ours --only on_device",
     "python -m train.doctor --config train/configs/face_1b.yaml load_from=sapiens_1b_epoch_173_clean.pth "

@@ -42,7 +42,7 @@ def test_both_sides_are_measured_on_the_same_loader(shards, tmp_path):
         assert side["mfu"] is None and side["peak_gb"] is None and 0 < side["tflops"] < 1
         assert np.isfinite(side["losses"]).all() and side["losses"][-1] < side["losses"][0]
         assert len(side["losses"]) == 13  # the traced steps are none of the measured ones
-    assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout
+    assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout and "wait" not in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "run").exists()
 
@@ -80,6 +80,7 @@ def test_two_processes(shards, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["processes"] == 2 and figures["accumulation"] == 1 and done.stdout.count("images/s") == 1
+    assert figures["sides"]["ours"]["wait_ms"] > 0 and "  wait " in done.stdout
     refused = benchmark(*arguments, "--compare", "plain", processes=2)
     assert refused.returncode != 0 and "error: --compare plain: the peer is one process" in refused.stderr + refused.stdout
 
@@ -144,6 +145,7 @@ def test_the_script_for_gpus_prints_its_table_last(tmp_path):
     apart = {cells[0]: cells[-2:] for cells in columns[start + 2 :]}
     assert len(apart) == len(TAKEN | NOT_TAKEN)
     assert all(float(cell.strip(" |-") or 0) < 0.05 for cells in apart.values() for cell in cells), apart  # in bf16
+    assert float(apart["| fused AdamW, fp32"][0]) < 1e-5
     assert head.startswith("| model | recompute |") and set(rule) == set("|- ")
     assert first.startswith("| tiny 32x32 | none | - | 2 | zero1 |") and not first.endswith("| - |")
     assert second.startswith("| tiny 32x32 | blocks | on_device | 2 | zero2 |") and second.endswith("| - |")
@@ -151,10 +153,13 @@ def test_the_script_for_gpus_prints_its_table_last(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure all sizes")
-def test_the_script_for_gpus_wants_one_for_its_own_runs(tmp_path):
-    command, variables = [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], train_environment() | {"RUNS": " \n"}  # of no run
+@pytest.mark.parametrize(("variables", "words"), [({"RUNS": " \n"}, "no GPU is seen"), ({"STEPS": "08"}, "STEPS=08: give")])
+def test_the_script_for_gpus_begins_only_what_it_can_end(tmp_path, variables, words):
+    """Without RUNS, or with blanks in their place, it measures what wants a GPU."""
+    command, variables = [ROOT / "benchmarks/gpu.sh", tmp_path / "out"], train_environment() | variables
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1 and "error: no GPU is seen" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_of_losses_that_cannot_be_are_told_before_the_first_trains(shards):

@@ -185,6 +185,8 @@ def table(found: dict[str, Any]) -> str:
         f"{'':<16}{''.join(f'{name:>10}' for name in sides)}" + (f"{'ratio':>10}" if len(sides) > 1 else ""),
     ]
     for key, (title, form) in ROWS.items():
+        if key == "wait_ms" and found["processes"] == 1:  # for the others
+            continue
         values = [side[key] for side in sides.values()]
         told = "".join(f"{'-' if value is None else format(value, form):>10}" for value in values)
         ratio = f"{found['ratios'][key]:>10.2f}" if key in found["ratios"] else ""
