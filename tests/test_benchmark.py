@@ -42,7 +42,7 @@ def test_both_sides_are_measured_on_the_same_loader(shards, tmp_path):
         assert side["mfu"] is None and side["peak_gb"] is None and 0 < side["tflops"] < 1
         assert np.isfinite(side["losses"]).all() and side["losses"][-1] < side["losses"][0]
         assert len(side["losses"]) == 13  # the traced steps are none of the measured ones
-    assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout and "wait" not in done.stdout
+    assert "images/s" in done.stdout and "ratio" in done.stdout and "Self CPU" in done.stdout and "\n  wait " not in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "run").exists()
 
@@ -80,7 +80,7 @@ def test_two_processes(shards, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["processes"] == 2 and figures["accumulation"] == 1 and done.stdout.count("images/s") == 1
-    assert figures["sides"]["ours"]["wait_ms"] > 0 and "  wait " in done.stdout
+    assert figures["sides"]["ours"]["wait_ms"] > 0 and "\n  wait " in done.stdout
     refused = benchmark(*arguments, "--compare", "plain", processes=2)
     assert refused.returncode != 0 and "error: --compare plain: the peer is one process" in refused.stderr + refused.stdout
 
