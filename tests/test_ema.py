@@ -12,6 +12,7 @@ from data.shards import ShardSet
 from model.segmenter import build_segmenter
 from model.weight_files import read_metadata, read_weights
 from tests.conftest import Run, train
+from train.engine import deepspeed
 from train.evaluate import evaluate
 
 SETTINGS = [
@@ -36,7 +37,7 @@ def recorded_mious(run: Run) -> dict[int, float]:
     ("stage", "precision", "processes", "freeze"),
     [(0, "fp32", 1, "null"), (1, "bf16", 1, "backbone"), (2, "bf16", 1, "null"), (3, "bf16", 2, "1")],
 )
-def test_a_run_is_the_same_resumed_and_validated(shards, tmp_path, stage, precision, processes, freeze):
+def test_a_run_is_the_same_resumed_and_validated(shards, tmp_path, monkeypatch, stage, precision, processes, freeze):
     settings = [*SETTINGS, f"deepspeed=ds_configs/zero{stage}.json", f"precision={precision}", f"model.freeze={freeze}"]
     whole = train(shards, tmp_path / "whole", *settings, processes=processes)
     assert whole.code == 0, whole.output
@@ -57,6 +58,8 @@ def test_a_run_is_the_same_resumed_and_validated(shards, tmp_path, stage, precis
         files = (read_weights(folder / f"{name}.safetensors") for folder in (again_folder, whole.folder))
         assert all(torch.equal(weight, other) for weight, other in zip(*map(dict.values, files), strict=True))
     average, weights = (read_weights(again_folder / f"{name}.safetensors") for name in ("model", "model_raw"))
+    if stage == 3:  # DeepSpeed's linear layer there rounds once more, before it adds the bias
+        monkeypatch.setattr(torch.nn.functional, "linear", deepspeed.runtime.zero.linear.zero3_linear_wrap)
     assert miou(average, shards, precision) == pytest.approx(recorded[6], abs=1e-4)
     assert miou(weights, shards, precision) != pytest.approx(recorded[6], abs=3e-4)
     assert [read_metadata(again_folder / f"{name}.safetensors")["ema_decay"] for name in ("model", "model_raw")] == [0.9, None]
