@@ -70,6 +70,15 @@ def test_every_parameter_learns_and_has_a_layer(name):
     assert layers == set(range(model.arch.depth + 2))
 
 
+@pytest.mark.parametrize("name", ARCHS)
+def test_attention_holds_no_scores(models, name):
+    """Tokens x tokens of each head and image, if it were not one kernel."""
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        models[name](draw(1, 3, 64, 48))
+    operators = {event.key for event in profiler.key_averages()}
+    assert "aten::scaled_dot_product_attention" in operators and not any("softmax" in operator for operator in operators)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_queries_are_those_of_repeated_keys(precision, dtype):
