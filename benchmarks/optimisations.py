@@ -10,7 +10,7 @@ rows are what was tried and not taken.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +43,10 @@ class Case:
     state: list[Tensor] = field(default_factory=list)  # what the functions change: it was there before, and does not count
 
     @cached_property
+    def learning(self) -> list[Tensor]:
+        return [tensor for tensor in self.inputs if tensor.requires_grad]
+
+    @cached_property
     def weights(self) -> Tensor:
         """What the output's gradient is."""
         with torch.no_grad():
@@ -51,11 +55,10 @@ class Case:
 
     def run(self, function: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, ...], float]:
         """(output, gradients, seconds)."""
-        learning = [tensor for tensor in self.inputs if tensor.requires_grad]
-        weights = self.weights if learning else None
+        weights = self.weights if self.learning else None
         started = self.now()
         output = function(*self.inputs)
-        gradients = torch.autograd.grad(output, learning, weights) if learning else ()
+        gradients = torch.autograd.grad(output, self.learning, weights) if self.learning else ()
         return output.detach(), gradients, self.now() - started
 
     def now(self) -> float:
@@ -73,7 +76,8 @@ class Case:
 
     def peak(self, function: Callable[..., Tensor]) -> int:
         """Bytes at the worst moment of forward and backward pass, without the inputs."""
-        with PeakTracker([*self.inputs, *self.state, self.weights]) as tracker:
+        weights = [self.weights] if self.learning else []
+        with PeakTracker([*self.inputs, *self.state, *weights]) as tracker:
             self.run(function)
         return tracker.peak
 
@@ -199,8 +203,11 @@ TAKEN = {
 NOT_TAKEN = {"sub-pixel convolution": sub_pixels, "channels last": channels_last}
 
 
-def apart(one: Tensor, other: Tensor) -> float:
-    return ((one.double() - other.double()).abs().max() / other.double().abs().max()).item()
+def apart(ours: Sequence[Tensor], usual: Sequence[Tensor]) -> str:
+    """The largest difference of a pair, over its largest value; nan if any number is none."""
+    pairs = [(one.double(), other.double()) for one, other in zip(ours, usual, strict=True)]
+    # torch's maximum, for Python's passes a nan over that is not the first.
+    return f"{torch.stack([(one - other).abs().max() / other.abs().max() for one, other in pairs]).max():.0e}" if pairs else "-"
 
 
 def row(name: str, case: Case, rounds: int) -> str:
@@ -212,10 +219,7 @@ def row(name: str, case: Case, rounds: int) -> str:
         seconds["ours"].append(took)
     usual, ours = (1e3 * statistics.median(seconds[side][1:]) for side in ("usual", "ours"))
     # Before memory is measured: that goes on with what the functions change.
-    differences = [f"{apart(our_output, output):.0e}", "-"]
-    if gradients:
-        pairs = zip(our_gradients, gradients, strict=True)
-        differences[1] = f"{max(apart(one, other) for one, other in pairs):.0e}"
+    differences = [apart([our_output], [output]), apart(our_gradients, gradients)]
     memory = [f"{measure(function) / 1e6:.0f}" for measure in (case.held, case.peak) for function in (case.usual, case.ours)]
     if case.compiled:
         memory[1::2] = "--"
