@@ -8,8 +8,8 @@ usage() {
 usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
 Measures one experiment after the other with train.benchmark, on faces that it draws, and single parts of a step with
-benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu). About 20 minutes on an H100, by estimate.
-What does not fit is said, and passed over; where the plain peer does not, ours is measured alone. OUT must not exist.
+benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu), which must not exist. What does not fit
+is said, and passed over; where the plain peer does not, ours is measured alone. About 20 minutes on an H100, by estimate.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
   STEPS     measured in each, in rounds of 5 (default 20); single parts a quarter as often
