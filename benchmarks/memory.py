@@ -28,6 +28,7 @@ from data.labels import load_label_set
 from model import ModelError
 from model.archs import ARCHS
 from train import TrainError
+from train.__main__ import OUT_OF_MEMORY
 from train.config import Config, load_config
 from train.loss import PixelLoss
 from train.memory import PeakTracker
@@ -77,12 +78,15 @@ def measure(config: Config, result: Connection) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = build_model(config, FACE.num_classes)
-    model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16).to_empty(device=device).train()
-    prepare(model, config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.01)
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16).train()
     loss = PixelLoss(torch.ones(FACE.num_classes, device=device), FACE)
+
+    def allocate() -> None:
+        model.to_empty(device=device)
+        prepare(model, config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
 
     def step(batch: int, size: tuple[int, int]) -> tuple[int, int]:
         images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
@@ -95,18 +99,22 @@ def measure(config: Config, result: Connection) -> None:
         return tracker.peak, (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
 
     try:
+        allocate()
         step(1, (64, 48))  # the kernels load their code
         result.send(step(config.micro_batch_size, config.model.image_size))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not OUT_OF_MEMORY.search(str(error)):
+            raise
         result.send(None)
 
 
 def print_measured(archs: list[str], size: list[int], precision: str, modes: list[str | int], batches: list[int]) -> None:
     remedies = Remedies(FACE, True, 1, True, None)
+    configs = [experiment(arch, size, precision, 1, mode, "zero1", batch) for arch, mode, batch in product(archs, modes, batches)]
     print(f"GB an image of {size[0]}x{size[1]}, {precision}")
     print("| size | recompute | batch | predicted | tensors | in all | in all / predicted |\n|---|---|---|---|---|---|---|")
-    for arch, mode, batch in product(archs, modes, batches):
-        config = experiment(arch, size, precision, 1, mode, "zero1", batch)
+    for config in configs:
+        arch, mode, batch = config.model.arch, config.model.recompute, config.micro_batch_size
         predicted = remedies.fit(config).memory.activations / batch / GB
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(config, sender))
