@@ -8,8 +8,9 @@ usage() {
 usage: [NAME=value ...] benchmarks/gpu.sh [OUT]
 
 Measures one experiment after the other with train.benchmark, on faces that it draws, and single parts of a step with
-benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu), which must not exist. What does not fit
-is said, and passed over; where the plain peer does not, ours is measured alone. About 20 minutes on an H100, by estimate.
+benchmarks.optimisations; the tables come last, from the files in OUT (default outputs/gpu; seen from the repository), which must not
+exist. What does not fit is said, and passed over; where the plain peer does not, ours is measured alone. About 20 minutes on an
+H100, by estimate.
 
   RUNS      lines of `recipe recompute micro_batch_size ds_config compare [key=value ...]`, instead of those below; compare: yes or no
   STEPS     measured in each, in rounds of 5 (default 20); single parts a quarter as often
@@ -42,6 +43,9 @@ sapiens2_29_0.8b head 4 zero1 no
 sapiens2_29_1b head 3 zero1 no
 sapiens2_29_5b blocks 2 zero2_offload no"
 fi
+while read -r recipe _ _ _ compare _; do
+  [[ -z $recipe || $compare =~ ^(yes|no)$ ]] || { echo "error: RUNS: $recipe: compare is '$compare': give yes or no" >&2; exit 1; }
+done <<<"$RUNS"
 
 [ -e "$out" ] && { echo "error: $out exists; remove it, or name another folder" >&2; exit 1; }
 mkdir -p "$out"

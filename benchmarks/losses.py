@@ -24,6 +24,7 @@ from data.arguments import whole_number
 from data.mixture import Mixture, MixtureEntry
 from model import ModelError
 from train import TrainError
+from train.__main__ import check
 from train.clock import StepClock
 from train.config import load_config
 from train.opened import Opened
@@ -75,13 +76,16 @@ def main() -> None:
         if name == "plain" or name in (args.only or RUNS)
     }
     try:
-        for settings in runs.values():  # before the first trains
-            load_config(args.config, settings)
         data = Mixture.open([MixtureEntry(path=args.data)])
-    except (TrainError, DataError) as error:
+    except DataError as error:
         sys.exit(f"error: {error}")
     if not data.labelled.all():
         sys.exit(f"error: {args.data}: some masks cannot show every class, which the plain loss does not heed; give other shards")
+    for name, settings in runs.items():  # before the first trains
+        try:
+            check(load_config(args.config, settings), data, None, 1, torch.cuda.is_available())
+        except (TrainError, DataError, ModelError) as error:
+            sys.exit(f"error: {name}: {error}")
     losses: dict[str, np.ndarray] = {}
     tail = max(1, args.steps // 10)
     print(f"| {args.steps} steps | first loss | last tenth | apart: mean | largest | last tenth |\n|---|---|---|---|---|---|")
