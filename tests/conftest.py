@@ -16,11 +16,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data.synthetic import write_dataset
 
 ROOT = Path(__file__).parent.parent
 FORKS = ["-m", "tests.forks"]
+# A machine with other work makes any example slow: that is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 PATIENCE = 600  # seconds for what two free cores do in a tenth of that: what does not come then will never come
 # Small enough for a step in a tenth of a second: 12 tokens.
 SMALL = [

@@ -53,7 +53,7 @@ def test_images_are_filled_up_with_the_mean_colour(models):
         assert torch.equal(full_size_logits(model, image), full)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(name=st.sampled_from(ARCHS), height=st.integers(9, 90), width=st.integers(9, 90))
 def test_any_size_goes_in_and_comes_out(models, name, height, width):
     with torch.no_grad():

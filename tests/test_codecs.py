@@ -34,7 +34,7 @@ MASKS = st.tuples(SIDES, SIDES).flatmap(lambda shape: arrays(np.uint8, shape))
 
 
 @given(MASKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_mask_survives_and_any_reader_reads_it(mask):
     content = encode_mask(mask)
     np.testing.assert_array_equal(decode_mask(content), mask)
@@ -44,7 +44,7 @@ def test_any_mask_survives_and_any_reader_reads_it(mask):
 
 
 @given(st.tuples(SIDES, SIDES, st.just(3)).flatmap(lambda shape: arrays(np.uint8, shape)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_image_survives_the_lossless_codecs(image):
     for content in (encode_qoi(image), encode_png(image), encoded(image)):
         np.testing.assert_array_equal(decode_image(content), image)

@@ -60,7 +60,7 @@ SIZES = st.tuples(st.integers(1, 120), st.integers(1, 120))
 
 
 @given(SHAPES, SIZES, st.booleans(), st.floats(0.02, 3), st.integers(0, 2**32))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_unturned_views_are_those_of_the_cpu(shape, size, keep_aspect, scale, seed):
     rng = np.random.default_rng(seed)
     image, label = rng.integers(0, 256, (*shape, 3), np.uint8), rng.integers(0, 9, shape, np.uint8)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,7 +29,6 @@ def gradients(y: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...
     return torch.autograd.grad(y, inputs, weights)
 
 
-@settings(deadline=None)
 @given(SHAPES, DTYPES, st.floats(0.1, 10), st.floats(-5, 5), st.booleans(), st.integers(0, 2**31))
 def test_the_norm_is_pytorchs(shape, dtype, scale, shift, channels_last, seed):
     """The output to the bit where the kernel is theirs; the gradient to rounding, of what cancels in it."""
@@ -70,7 +69,6 @@ def test_norm_and_activation_keep_one_tensor():
         del y
 
 
-@settings(deadline=None)
 @given(SHAPES, st.integers(1, 7), DTYPES, st.integers(0, 2**31))
 def test_a_pointwise_convolution_is_a_convolution(shape, out, dtype, seed):
     torch.manual_seed(seed)

@@ -31,7 +31,7 @@ def save_with_classes(path, names):
     return model.decode_head.conv_seg
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.sampled_from("abcdefgh"), min_size=5, max_size=5, unique=True),
     st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=8, unique=True),
@@ -103,7 +103,7 @@ def test_a_strangers_metadata_does_not_matter(tmp_path):
     assert load_weights(build_tiny(1), tmp_path / "a.safetensors").licence.startswith("https://")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(min_size=1, max_size=60), st.integers(0, 2000), st.booleans())
 def test_damaged_torch_files_are_told_so(tmp_path_factory, noise, place, zipped):
     path = tmp_path_factory.mktemp("damaged") / "a.pth"

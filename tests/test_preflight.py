@@ -43,7 +43,7 @@ KINDS = st.sampled_from([(0,) * 6, *(tuple(int(j == i) for j in range(6)) for i 
 
 
 @given(kinds=st.lists(KINDS, min_size=1, max_size=5), noise=st.lists(st.sampled_from(JUNK), max_size=6), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_those_out_of_the_largest_group_are_unfit(kinds, noise, data):
     hosts = HOSTS[: len(kinds)]
     silent = data.draw(st.sets(st.sampled_from(hosts)))

@@ -46,7 +46,7 @@ def oriented(tag: int) -> Image.Exif:
 
 
 @given(st.lists(st.one_of(st.integers(0, 18), st.just(255), st.integers(0, 255)), min_size=1, max_size=4, unique=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_values_are_counted_or_refused(tmp_path_factory, values):
     mask = np.resize(np.array(values, np.uint8), SIZE)
     result = prepared(tmp_path_factory.getbasetemp(), mask=encoded(mask), keep_constant=True)

@@ -94,7 +94,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=JSON | st.sampled_from(["12", "true", "null", '"quoted"', "[1", "NaN", "Infinity", ""]))
 def test_metadata_comes_back_as_it_was(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "metadata.safetensors"
