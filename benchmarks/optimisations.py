@@ -249,7 +249,8 @@ def main() -> None:
             try:
                 print(row(name, make(size, dtype, device), args.rounds), flush=True)
             except RuntimeError as error:  # out of memory, or no compiler: the others can do without
-                print(f"| {name} | not measured: {str(error).splitlines()[0]} |", flush=True)
+                reason, *_ = str(error).partition("\n")  # an error may be without a word
+                print(f"| {name} | not measured: {reason} |", flush=True)
 
 
 if __name__ == "__main__":
