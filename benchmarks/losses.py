@@ -24,7 +24,7 @@ from data.arguments import whole_number
 from data.mixture import Mixture, MixtureEntry
 from model import ModelError
 from train import TrainError
-from train.__main__ import check
+from train.check import check
 from train.clock import StepClock
 from train.config import load_config
 from train.opened import Opened

@@ -28,8 +28,8 @@ from data.labels import load_label_set
 from model import ModelError
 from model.archs import ARCHS
 from train import TrainError
-from train.__main__ import OUT_OF_MEMORY
 from train.config import Config, load_config
+from train.errors import is_out_of_memory
 from train.loss import PixelLoss
 from train.memory import PeakTracker
 from train.remedies import GB, Remedies
@@ -103,7 +103,7 @@ def measure(config: Config, result: Connection) -> None:
         step(1, (64, 48))  # the kernels load their code
         result.send(step(config.micro_batch_size, config.model.image_size))
     except RuntimeError as error:
-        if not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         result.send(None)
 

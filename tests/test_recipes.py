@@ -18,7 +18,7 @@ from data.mixture import Mixture
 from data.shards import ShardSet
 from model.weight_files import read_weights
 from tests.conftest import ROOT, train_environment
-from train.__main__ import check
+from train.check import check
 from train.config import load_config
 
 RECIPES = {path.stem: path for path in sorted(Path("train/configs").glob("*.yaml"))}

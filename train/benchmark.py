@@ -32,10 +32,10 @@ from data.build_shards import main as build_shards
 from data.loader import PREFETCH
 from data.synthetic import write_dataset
 from train import TrainError
-from train.__main__ import errors_in_a_line
 from train.clock import StepClock
 from train.config import Config, load_config
 from train.engine import Job
+from train.errors import errors_in_a_line
 from train.flops import peak_flops, training_flops
 from train.host_facts import packages, revision
 from train.memory import Estimate

@@ -29,7 +29,7 @@ from model.segmenter import build_segmenter
 from model.weight_files import HUB
 from model.weights import match_weights
 from train import TrainError, checkpoint, deepspeed_config
-from train.__main__ import check
+from train.check import check
 from train.config import Config, load_config, training_order
 from train.data_findings import look_at_data
 from train.findings import Findings

@@ -13,7 +13,7 @@ from data.mixture import Mixture
 from data.order import BatchPlan
 from data.remote import FileCache
 from model.segmenter import Segmenter
-from train.__main__ import check
+from train.check import check
 from train.clock import StepClock
 from train.config import Config, training_order
 from train.ema import Ema
