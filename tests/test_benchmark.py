@@ -1,6 +1,8 @@
 """The benchmark of a whole step: on real processes, and its peer computes what we do."""
 
 import json
+import multiprocessing
+import resource
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.memory import experiment as memory_experiment
+from benchmarks.memory import measure
 from benchmarks.optimisations import NOT_TAKEN, TAKEN
 from data.batch import Batch
 from data.labels import load_label_set
@@ -179,3 +183,25 @@ def test_runs_of_losses_that_cannot_be_are_told_before_the_first_trains(shards, 
     command = [sys.executable, "-m", "benchmarks.losses", "--data", shards / "train", override]
     done = subprocess.run(command, cwd=ROOT, env=train_environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and told in done.stderr and not done.stdout
+
+
+def measured_in_16_gb(*arguments: object) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9, -1))
+    measure(*arguments)
+
+
+def test_what_does_not_fit_is_measured_as_none():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    config = memory_experiment("tiny", [1024, 1024], "fp32", 1, "blocks", "zero1", batch=8192)  # the pixels alone take 26 GB
+    process = multiprocessing.get_context("spawn").Process(target=measured_in_16_gb, args=(config, sender))
+    process.start()
+    sender.close()
+    process.join(PATIENCE)
+    assert process.exitcode == 0 and receiver.recv() is None
+
+
+def test_a_table_of_other_files_names_the_first(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    command = [sys.executable, "-m", "benchmarks.gpu_table", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=train_environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "other.json: not what train.benchmark --json" in done.stderr
