@@ -29,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.reference_pipeline import ReferencePipeline
+from data.arguments import whole_number
 from data.augment import AugmentConfig, Colour, draw_view
 from data.codecs import decode_image, decode_mask
 from data.labels import load_label_set
@@ -212,8 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="a real FaceSynthetics folder instead of drawn faces")
     parser.add_argument("--seconds", type=float, default=6, help="of each of the 24 measurements")
-    parser.add_argument("--count", type=int, default=32, help="images")
+    parser.add_argument("--count", type=whole_number(1), default=32, help="images")
     args = parser.parse_args()
+    if args.root and not any(args.root.glob("*_seg.png")):
+        parser.error(f"{args.root}: no *_seg.png is in there")
     cv2.setNumThreads(0)
     shutil.rmtree(WORK, ignore_errors=True)
     draw_photos(args.root, args.count)

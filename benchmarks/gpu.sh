@@ -21,6 +21,7 @@ TEXT
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 out=${1:-outputs/gpu}
 [[ ${STEPS:=20} =~ ^[1-9][0-9]*$ ]] || { echo "error: STEPS=$STEPS: give a number, from 1 up" >&2; exit 1; }
+[[ ${SIZE:=1024,768} =~ ^[1-9][0-9]*,[1-9][0-9]*$ ]] || { echo "error: SIZE=$SIZE: give height,width" >&2; exit 1; }
 python=python
 [ -x .venv/bin/python ] && python=.venv/bin/python
 if [[ ${RUNS:-} != *[![:space:]]* ]]; then
@@ -43,7 +44,8 @@ sapiens2_29_0.8b head 4 zero1 no
 sapiens2_29_1b head 3 zero1 no
 sapiens2_29_5b blocks 2 zero2_offload no"
 fi
-while read -r recipe _ _ _ compare _; do
+while read -r recipe _ _ zero compare _; do
+  [[ $recipe$zero != */* ]] || { echo "error: RUNS: $recipe $zero: give names, of train/configs and of ds_configs" >&2; exit 1; }
   [[ -z $recipe || $compare =~ ^(yes|no)$ ]] || { echo "error: RUNS: $recipe: compare is '$compare': give yes or no" >&2; exit 1; }
 done <<<"$RUNS"
 
@@ -60,7 +62,7 @@ while read -r recipe recompute batch zero compare more; do
     # A step of one micro batch is what is measured.
     if $python -m train.benchmark --config "train/configs/$recipe.yaml" --synthetic-data --steps "$STEPS" \
       --json "$out/$name.json" $([ $peer = none ] || echo --compare plain) "${options[@]}" "deepspeed=ds_configs/$zero.json" \
-      "model.recompute=$recompute" "model.image_size=[${SIZE:-1024,768}]" "micro_batch_size=$batch" "global_batch_size=$batch" \
+      "model.recompute=$recompute" "model.image_size=[$SIZE]" "micro_batch_size=$batch" "global_batch_size=$batch" \
       </dev/null >"$out/$name.txt" 2>&1; then
       tail -n 15 "$out/$name.txt"
       break
@@ -68,8 +70,7 @@ while read -r recipe recompute batch zero compare more; do
     echo "not measured: $(grep '^error:' "$out/$name.txt" || tail -n 1 "$out/$name.txt")"
   done
 done <<<"$RUNS"
-size=${SIZE:-1024,768}
-$python -m benchmarks.optimisations --size "${size%,*}" "${size#*,}" --rounds $(((STEPS + 3) / 4)) >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
+$python -m benchmarks.optimisations --size "${SIZE%,*}" "${SIZE#*,}" --rounds $(((STEPS + 3) / 4)) >"$out/optimisations.md" 2>"$out/optimisations.txt" ||
   echo "not measured: $(tail -n 1 "$out/optimisations.txt")"
 cat "$out/optimisations.md"
 $python -m benchmarks.gpu_table "$out"

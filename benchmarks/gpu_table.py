@@ -23,23 +23,28 @@ def row(found: dict) -> list[str]:
     return [*setting, *values, f"{found['predicted_gb']:.2f}", ratio]
 
 
+def head(found: dict) -> str:
+    versions = ", ".join(f"{name} {found['packages'][name]}" for name in ("torch", "deepspeed", "timm"))
+    return f"{found['device']}; {versions}; revision {found['revision'] or 'unknown'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    results, rows = [], []
+    rows, heads = [], set()
     for path in sorted(args.folder.glob("*.json")):
         try:
-            results.append(json.loads(path.read_text()))
-            rows.append(row(results[-1]))
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text())
+            rows.append(row(found))
+            heads.add(head(found))
+        except (OSError, ValueError, KeyError, TypeError):
             parser.error(f"{path}: not what train.benchmark --json of this revision writes; move it away")
-    if not results:
+    if not rows:
         parser.error(f"{args.folder}: holds no results; benchmarks/gpu.sh {args.folder} makes them")
     names = ["model", "recompute", "with", "batch", "ZeRO", *COLUMNS, "predicted", "to plain"]
     lines = [names, ["---"] * len(names), *rows]
-    versions = ", ".join(f"{name} {results[0]['packages'][name]}" for name in ("torch", "deepspeed", "timm"))
-    print(f"{results[0]['device']}; {versions}; revision {results[0]['revision'] or 'unknown'}")
+    print("\n".join(sorted(heads)))  # one, if all was measured in one place
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

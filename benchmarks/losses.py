@@ -70,6 +70,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(RUNS), metavar="RUN", help="beside plain; more than once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    fixed = {setting.split("=")[0] for setting in EQUAL}
+    for override in args.overrides:
+        if override.split("=")[0] in fixed:
+            sys.exit(f"error: {override}: fixed here, so that both sides compute the same; leave it out")
     runs = {
         name: [f"data.train={args.data}", *EQUAL, *VIEWS, *args.overrides, *own]
         for name, own in RUNS.items()

@@ -102,7 +102,7 @@ def measure(config: Config, result: Connection) -> None:
         allocate()
         step(1, (64, 48))  # the kernels load their code
         result.send(step(config.micro_batch_size, config.model.image_size))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         result.send(None)

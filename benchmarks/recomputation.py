@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 384), metavar=("HEIGHT", "WIDTH"))
     args = parser.parse_args()
     size, small = tuple(args.size), (args.size[0] // 2, args.size[1] // 2)
-    photo, shrunk = (torch.randint(0, 256, (1, 3, *s), dtype=torch.uint8) for s in (size, small))
     try:
         models = {mode: build(args.arch, small, mode) for mode in MODES[:1]}
     except ModelError as error:
         sys.exit(f"error: {error}; time and gradients are measured at half of each side")
+    photo, shrunk = (torch.randint(0, 256, (1, 3, *s), dtype=torch.uint8) for s in (size, small))
     for mode in MODES[1:]:  # with the same weights in memory
         models[mode] = build(args.arch, small, mode)
         models[mode].load_state_dict(models["none"].state_dict(), assign=True)

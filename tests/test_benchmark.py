@@ -2,9 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -56,6 +59,18 @@ def test_synthetic_data():
     options = ["--synthetic-data", "--steps", 1, "--warm-up", 1, "model.arch=tiny", "model.image_size=[32,32]"]
     done = benchmark("--config", "train/configs/face_1b.yaml", "micro_batch_size=8", "data.train=nowhere", *options)
     assert done.returncode == 0 and "images/s" in done.stdout, done.stderr
+
+
+def test_drawn_faces_leave_with_the_command_that_is_ended(tmp_path):
+    options = ["--config", "train/configs/demo.yaml", "--synthetic-data", "--steps", "100000"]
+    environment = train_environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-m", "train.benchmark", *options], cwd=ROOT, env=environment) as process:
+        while not any(tmp_path.glob("*/shards/train")):
+            assert process.poll() is None, "ended by itself"
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert not any(tmp_path.glob("*/faces"))
 
 
 def test_waits_for_data_count_however_few_steps_wait():
@@ -161,6 +176,7 @@ def test_the_script_for_gpus_prints_its_table_last(tmp_path):
     ("variables", "words"),
     [
         ({"RUNS": " \n"}, "no GPU is seen"), ({"STEPS": "08"}, "STEPS=08: give"),
+        ({"SIZE": "32x32"}, "SIZE=32x32: give"), ({"RUNS": "sub/demo none 2 zero1 no"}, "RUNS: sub/demo zero1: give names"),
         ({"RUNS": "demo none 2 zero1 yes\ndemo none 2 zero1 compile=true"}, "RUNS: demo: compare is 'compile=true': give yes"),
     ],
 )  # fmt: skip
@@ -175,7 +191,8 @@ def test_the_script_for_gpus_begins_only_what_it_can_end(tmp_path, variables, wo
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("augment.faithful=true", "on_device"), ("model.image_size=[33,33]", "plain: image_size: 33x33"),
+        ("augment.faithful=true", "on_device"),
+        ("loss.dice=1", "loss.dice=1: fixed here"), ("model.image_size=[33,33]", "plain: image_size: 33x33"),
         ("deepspeed=ds_configs/zero3.json", "compile: compile: ds_configs/zero3.json is ZeRO stage 3"),
     ],
 )  # fmt: skip
@@ -186,6 +203,7 @@ def test_runs_of_losses_that_cannot_be_are_told_before_the_first_trains(shards, 
 
 
 def measured_in_16_gb(*arguments: object) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     resource.setrlimit(resource.RLIMIT_AS, (16 * 10**9, -1))
     measure(*arguments)
 
@@ -200,8 +218,10 @@ def test_what_does_not_fit_is_measured_as_none():
     assert process.exitcode == 0 and receiver.recv() is None
 
 
-def test_a_table_of_other_files_names_the_first(tmp_path):
-    (tmp_path / "other.json").write_text("{}")
+@pytest.mark.parametrize("other", ["{}", "[]", "no JSON", '{"arch": "tiny"}', None])
+def test_a_table_of_other_files_names_the_first(tmp_path, other):
+    path = tmp_path / "other.json"
+    path.mkdir() if other is None else path.write_text(other)
     command = [sys.executable, "-m", "benchmarks.gpu_table", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=train_environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "other.json: not what train.benchmark --json" in done.stderr

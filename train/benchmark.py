@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -202,6 +203,7 @@ def synthetic_data(wanted: bool) -> Iterator[list[str]]:
     if not wanted:
         yield []
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the folder would stay
     with TemporaryDirectory() as folder:
         faces, shards = Path(folder) / "faces", Path(folder) / "shards"
         write_dataset(faces, **DRAWN)
