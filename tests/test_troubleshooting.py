@@ -41,7 +41,7 @@ NO_MESSAGES = {
     ),
     "commands": ("build_shards: python -m", "transfer: pipe:aws"),
     "names and formats, mostly of others": (
-        "raw_files: Raw profile", "labels: Value error", "loader: DataLoader worker", "__main__: out of memory|",
+        "raw_files: Raw profile", "labels: Value error", "loader: DataLoader worker", "errors: out of memory|",
         "engine: untested", "host_facts: Not Supported", "flops: RTX", "watchdog: {phase} of", "synthetic: BACKGROUND",
         "synthetic: yaw", "logs: %(asctime)", "trial_sum: all are here",
     ),
