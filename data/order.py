@@ -78,8 +78,8 @@ class Order:
         if self.repeats is None:
             return np.arange(self.num_samples, dtype=np.uint32)
         ends = np.cumsum(self.repeats, dtype=np.float64)
-        points = (np.arange(self.epoch_length) + (epoch * GOLDEN) % 1) * (ends[-1] / self.epoch_length)
-        return np.searchsorted(ends, points, side="right").clip(max=self.num_samples - 1).astype(np.uint32)
+        points = (np.arange(self.epoch_length, dtype=np.float64) + (epoch * GOLDEN) % 1) * (ends[-1] / self.epoch_length)
+        return np.searchsorted(ends[:-1], points, side="right").astype(np.uint32)  # a point past the last end: the last
 
 
 @dataclass(frozen=True)
